@@ -1,0 +1,125 @@
+"""The console command `grng`; its one job is `grng compare`."""
+
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from .compare import compare
+from .config import CompareConfig, parse_settings, read_recipe
+from .errors import InputError, MissingExtra, check_extra
+from .progress import default_reporter
+from .records import RunRecord
+from .summary import summarise, table
+
+if TYPE_CHECKING:
+    import typer
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        check_extra()
+    except MissingExtra as error:
+        sys.exit(f"grng: {error}")
+    make_app()()
+
+
+def make_app() -> "typer.Typer":
+    """The command line, made when it is called, since typer is an extra."""
+    import typer
+
+    app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+    def show_version(wanted: bool) -> None:
+        if wanted:
+            typer.echo(f"grng {version('grng')}")
+            raise typer.Exit
+
+    @app.callback()
+    def root(
+        version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True)] = False,
+    ) -> None:
+        """Gradient-regularised natural gradients for PyTorch."""
+
+    def option(name: str, text: str) -> Any:
+        default = getattr(CompareConfig, name, None)
+        shown = ",".join(default) if isinstance(default, tuple) else default
+        text += f" [default: {shown}]" if shown else ""
+        return typer.Option(f"--{name.replace('_', '-')}", help=text, show_default=False)
+
+    @app.command("compare")
+    def compare_command(
+        data: Annotated[str | None, option("data", "digits, or a folder with a .npz or MNIST-style idx files.")] = None,
+        model: Annotated[str | None, option("model", "mlp, cnn or transformer.")] = None,
+        optimizers: Annotated[list[str] | None, option("optimizers", "Comma-separated or repeated.")] = None,
+        epochs: Annotated[int | None, option("epochs", "Passes over the data.")] = None,
+        seeds: Annotated[int | None, option("seeds", "How many seeds.")] = None,
+        batch_size: Annotated[int | None, option("batch_size", "Samples a step.")] = None,
+        lr_schedule: Annotated[str | None, option("lr_schedule", "cosine or constant.")] = None,
+        sets: Annotated[list[str] | None, option("set", "One setting, as ring.rho=1e-3; repeatable.")] = None,
+        target: Annotated[float | None, option("target", "The test accuracy to reach.")] = None,
+        out: Annotated[Path | None, option("out", "Folder of the results.")] = None,
+        device: Annotated[str | None, option("device", "cpu, cuda or auto.")] = None,
+        threads: Annotated[int | None, option("threads", "CPU threads; one gives the steadiest times.")] = None,
+        resume: Annotated[bool, option("resume", "Continue in a folder of results; skip finished runs.")] = False,
+        recipe: Annotated[Path | None, option("recipe", "TOML file of these options; those given here win.")] = None,
+    ) -> None:
+        """Train one model with several optimizers from the same weights and batches, and report."""
+        given: dict[str, Any] = {
+            "data": data,
+            "model": model,
+            "optimizers": names_in(optimizers) if optimizers else None,
+            "epochs": epochs,
+            "seeds": seeds,
+            "batch_size": batch_size,
+            "lr_schedule": lr_schedule,
+            "target": target,
+            "out": out,
+            "device": device,
+            "threads": threads,
+            "resume": resume or None,
+        }
+        try:
+            options = read_recipe(recipe) if recipe else {}
+            options |= {name: value for name, value in given.items() if value is not None}
+            options["settings"] = merge(options.get("settings", {}), parse_settings(sets or ()))
+            config = CompareConfig(**options)
+            records = compare(config, default_reporter())
+        except InputError as error:
+            typer.echo(f"grng compare: error: {error}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("grng compare: interrupted; the same command with --resume goes on", err=True)
+            raise typer.Exit(130) from None
+        show(config, records)
+        raise typer.Exit(int(any(record.status == "failed" for record in records)))
+
+    return app
+
+
+def names_in(lists: list[str]) -> list[str]:
+    """The names in lists that separate them by commas."""
+    return [name.strip() for names in lists for name in names.split(",") if name.strip()]
+
+
+def merge(recipe: dict[str, dict[str, Any]], given: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The settings of the recipe, overridden one by one by those of the command line."""
+    return {name: {**recipe.get(name, {}), **given.get(name, {})} for name in {**recipe, **given}}
+
+
+def show(config: CompareConfig, records: list[RunRecord]) -> None:
+    """Print the summary, and where the rest is."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    headings, rows = table(summarise(records, config.target), config.target)
+    sheet = Table(box=SIMPLE_HEAD)
+    for i, heading in enumerate(headings):
+        sheet.add_column(heading, justify="right" if i else "left", no_wrap=i < 2)
+    for row in rows:
+        sheet.add_row(*row)
+    console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
+    console.print(sheet)
+    console.print(f"Settings not tuned; seconds of this machine. Report: {config.out / 'report.html'}", soft_wrap=True)

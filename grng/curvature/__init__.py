@@ -1,0 +1,21 @@
+"""What is measured in the layers: capture, geometry, likelihoods, statistics, and the coverage report."""
+
+from grng.curvature.capture import Batch, Capture
+from grng.curvature.config import Curvature
+from grng.curvature.coverage import Coverage, Row
+from grng.curvature.layers import Layer, conv_patches, make_layer
+from grng.curvature.statistics import DenseStatistics, IndexStatistics, Statistics
+
+__all__ = [
+    "Batch",
+    "Capture",
+    "Coverage",
+    "Curvature",
+    "DenseStatistics",
+    "IndexStatistics",
+    "Layer",
+    "Row",
+    "Statistics",
+    "conv_patches",
+    "make_layer",
+]

@@ -1,0 +1,151 @@
+"""Capture by BackPACK: our own first-order extension on the leaf modules, active on statistics passes only.
+
+BackPACK keeps its state in class attributes and its inputs and outputs on the modules. So the modules are extended when
+a statistics pass begins and restored after the step, handle by handle, and the extension is switched on from the
+output's hook until the backward pass ends.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from grng.curvature.engines import HooksEngine, Pair
+from grng.curvature.layers import Layer
+
+if TYPE_CHECKING:
+    from grng.curvature.capture import Capture, Pass
+
+_INSTALL = (
+    "capture='backpack' needs BackPACK: pip install --no-deps backpack-for-pytorch unfoldNd && pip install einops "
+    "(without --no-deps it drags in torchvision, which it does not need); or use capture='hooks'"
+)
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+_SAFE = (
+    *(nn.ReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU, nn.LeakyReLU, nn.Softplus, nn.LogSoftmax),
+    *(nn.Flatten, nn.Identity, nn.Dropout, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+)
+
+
+def obstacle(model: nn.Module, layers: list[Layer]) -> str | None:
+    """Why BackPACK is not safe on this model, or None where it is."""
+    try:
+        import backpack  # noqa: F401
+    except ImportError:
+        return "it is not installed"
+    seen: set[int] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        kind = type(module)
+        where = f"{name or 'the model'} is a {kind.__name__}"
+        if kind is nn.Sequential:
+            continue
+        if kind not in _LAYERS and kind not in _SAFE:
+            return f"{where}, not a chain of known layers"
+        if getattr(module, "inplace", False):
+            return f"{where} that works in place"
+        if getattr(module, "_backpack_extend", False):
+            return f"{name or 'the model'} was extended by somebody else"
+        if id(module) in seen:
+            return f"{name} is used more than once"
+        seen.add(id(module))
+    for layer in layers:
+        if not layer.module.weight.requires_grad:
+            return f"{layer.name} has a frozen weight"
+    return None
+
+
+class BackpackEngine(HooksEngine):
+    """The same uses, delivered by BackPACK's module hooks."""
+
+    name = "backpack"
+
+    def __init__(self, capture: "Capture") -> None:
+        try:
+            import backpack
+            from backpack.context import CTX
+            from backpack.extensions.firstorder.base import FirstOrderBackpropExtension, FirstOrderModuleExtension
+        except ImportError as error:
+            raise ImportError(_INSTALL) from error
+        self._backpack, self._context = backpack, CTX
+        self.capture = capture
+        self.handles: list[Any] = []
+        self._by_module = {layer.module: layer for layer in capture.layers}
+        self._extended: list[nn.Module] = []
+        self._found: list[Pair] | None = None
+        self._switch = ExitStack()
+        self._pass_context: Any = None
+        engine = self
+
+        class Deliver(FirstOrderModuleExtension):
+            def __call__(self, extension: Any, module: nn.Module, g_inp: Any, g_out: Any) -> None:
+                engine._receive(module, module.input0, g_out[0])  # type: ignore[arg-type]
+
+        kinds = {type(layer.module) for layer in capture.layers}
+        self._extension = FirstOrderBackpropExtension("grng", {kind: Deliver() for kind in kinds}, fail_mode="SILENT")
+
+    def begin(self) -> None:
+        """Extend the layers; the handles that BackPACK registers become this engine's own."""
+        if self._extended:
+            return
+        known = len(self._context.hook_handles)
+        self._extended = [m for m in self._by_module if not getattr(m, "_backpack_extend", False)]
+        for module in self._extended:
+            self._backpack.extend(module)
+        self.handles = self._context.hook_handles[known:]
+        del self._context.hook_handles[known:]
+
+    def finish(self, current: "Pass", output: Tensor) -> None:
+        self._pass_context = current.context
+
+    def _receive(self, module: nn.Module, x: Tensor, e: Tensor) -> None:
+        layer = self._by_module.get(module)
+        if layer is None or not layer.active or e is None:
+            return
+        if self._found is not None:
+            self._found.append((layer, x.detach(), e))
+        elif self.capture.wants_true_gradient(layer):
+            self.capture.receive_true_gradient(layer, x.detach(), e, self._pass_context)
+
+    def pairs(self, current: "Pass", place: GradientEdge, gradient: Tensor) -> Iterator[Pair]:
+        # BackPACK's module hooks run only where the pass goes through the module: ask for the weights' gradients.
+        weights = [p for layer in self.capture.layers for p in layer.parameters]
+        self._found = []
+        try:
+            with self._active(retain_graph=True):
+                torch.autograd.grad([place], weights, [gradient], retain_graph=True, allow_unused=True)
+            yield from self._found
+        finally:
+            self._found = None
+
+    @contextmanager
+    def _active(self, retain_graph: bool = False) -> Iterator[None]:
+        with warnings.catch_warnings(), self._backpack.backpack(self._extension, retain_graph=retain_graph):
+            # The model's input needs no gradient, which torch thinks worth a warning.
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            yield
+
+    def listen(self) -> None:
+        """Called inside the user's backward pass: deliver its pairs too, until that pass ends."""
+        self._switch.close()
+        self._switch.enter_context(self._active())
+        torch.autograd.Variable._execution_engine.queue_callback(self._switch.close)  # type: ignore[attr-defined]
+
+    def release(self) -> None:
+        self._switch.close()
+        self._pass_context = None
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        for module in self._extended:
+            self._backpack.memory_cleanup(module)
+            del module._backpack_extend  # left behind, it would make the next extend() a silent no-op
+        self._extended = []
+
+    def close(self) -> None:
+        self.release()

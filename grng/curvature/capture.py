@@ -1,0 +1,427 @@
+"""Capture: from the user's own `loss.backward()` to the rows of every layer, with one forward pass.
+
+A hook on the model's output sees dL/df before the backward pass reaches any layer. There the likelihood and the
+normaliser are read, labels are drawn, and a nested backward pass delivers the sampled gradients of all layers. The first
+time a layer is seen, the pair of the user's own backward pass must reproduce its parameters' gradients, sum over uses of
+e x^T == the change of p.grad; a layer that does not falls to the first-order fallback, visibly.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from grng.curvature.config import Curvature
+from grng.curvature.engines import Hook, Use, make_engine
+from grng.curvature.layers import Layer
+from grng.curvature.likelihood import CODES, Likelihood, Reading, declared, detect, tolerance
+from grng.curvature.statistics import Statistics
+from grng.errors import GRNGWarning, invalid
+
+
+@dataclass
+class Context:
+    """What the layers of one forward pass share: the batch size, and once the output gradient has arrived N and how many
+    samples came before it in the same step."""
+
+    normaliser: Tensor | None = None
+    batch: int | None = None
+    offset: int = 0
+
+
+@dataclass
+class Pass:
+    """One forward pass of the model on a statistics step."""
+
+    context: Context = field(default_factory=Context)
+    uses: list[Use] = field(default_factory=list)
+
+
+@dataclass
+class Batch:
+    """What the backward passes since the last step amount to.
+
+    Attributes:
+        predictions: how many predictions the statistics were summed over.
+        normaliser: N of the last backward pass; N * p.grad is the gradient of the summed loss.
+        misfit: largest relative misfit of the likelihood.
+        samples: samples seen, a Python number.
+        valid: whether the step's gradient is finite; a bool on the device, set by the optimizer.
+    """
+
+    predictions: Tensor
+    normaliser: Tensor
+    misfit: Tensor
+    samples: int
+    valid: Tensor = field(default_factory=lambda: torch.ones((), dtype=torch.bool))
+
+
+class Capture:
+    """Hooks on a model that hand the statistics of its layers to `sink(layer, statistics)`.
+
+    Args:
+        model: the model whose forward pass the user calls.
+        layers: the layers to capture.
+        config: the settings.
+        sink: called for every use of every layer, inside the backward pass.
+        twice: whether the backward pass will itself be differentiated.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: list[Layer],
+        config: Curvature,
+        sink: Callable[[Layer, Statistics], None],
+        twice: bool = False,
+    ) -> None:
+        self.layers, self.config, self.sink = layers, config, sink
+        self.collecting = True
+        self.current: Pass | None = None
+        self.batch: Batch | None = None
+        self.likelihood: Likelihood | None = None
+        self.likelihood_reason = "not seen yet"
+        self._busy = False
+        self._decided = False
+        self._empirical = config.fisher == "empirical"
+        self._loss_scale: Tensor | None = None  # predictions / N, of the last gradient that fitted the likelihood
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._checks: dict[Layer, Tensor] = {}
+        self._before: dict[nn.Parameter, Tensor | None] = {}
+        self._after: dict[nn.Parameter, Tensor] = {}
+        self._precision: dict[Layer, tuple[float, Tensor | float]] = {}
+        self.engine, self.engine_reason = make_engine(config.capture, self, model, twice)
+        # The layers' hooks come first, so that a model that is itself a layer is noted before its output is read.
+        self._handles = [
+            model.register_forward_pre_hook(Hook(self, "_enter")),
+            model.register_forward_hook(Hook(self, "_leave"), always_call=True),
+        ]
+        self._check_handles = [
+            p.register_post_accumulate_grad_hook(Hook(self, "_note_gradient"))
+            for layer in layers
+            for p in layer.parameters
+        ]
+
+    # The forward pass.
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if not self.collecting or self._busy or not torch.is_grad_enabled():
+            self.current = None
+            return
+        self.current = Pass()
+        self.engine.begin()
+        for layer in self.layers:
+            for p in layer.parameters if layer.status == "pending" else ():
+                if p not in self._before:
+                    self._before[p] = None if p.grad is None else p.grad.detach().clone()
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        current, self.current = self.current, None
+        if current is None:
+            return
+        f = find_output(output)
+        if f is None:
+            return
+        if f.ndim > 0:
+            current.context.batch = f.shape[0]
+        self.engine.finish(current, f)
+        values, number, version = f.detach(), f.output_nr, f._version
+        f.register_hook(lambda g: self._output_gradient(current, values, number, version, g))
+
+    # The backward pass.
+
+    def _output_gradient(self, current: Pass, f: Tensor, number: int, version: int, gradient: Tensor) -> None:
+        if self._busy or not self.collecting:
+            return
+        # The node that runs this hook; holding it from the forward pass on would be a cycle through the graph.
+        place = GradientEdge(torch._C._current_autograd_node(), number)
+        with torch.no_grad(), self._nested():
+            gradient = gradient.detach()
+            if not self._decided and not self._decide(f, gradient):
+                return
+            if f._version != version and not self._empirical:
+                self._fall_back("the model's output was modified in place before the loss")
+            reading = self._read(f, gradient)
+            current.context.normaliser = reading.normaliser
+            current.context.offset = self.batch.samples if self.batch else 0
+            self._count(reading, f)
+            if not self._empirical:
+                for cotangent in self._cotangents(f, gradient):
+                    for layer, x, e in self.engine.pairs(current, place, cotangent):
+                        self._deliver(layer, x, e, current.context)
+        self.engine.listen()
+        current.uses.clear()
+
+    def wants_true_gradient(self, layer: Layer) -> bool:
+        return self._empirical or not self._decided or layer.status == "pending"
+
+    def receive_true_gradient(self, layer: Layer, x: Tensor, e: Tensor, context: Context) -> None:
+        """Called by the engine with the pairs of the user's own backward pass."""
+        if self._busy or not self.collecting or not layer.active:
+            return
+        with torch.no_grad():
+            e = e.detach()
+            if layer.status == "pending":
+                statistics = self._statistics(layer, x, e, context)
+                gradient = statistics.gradient()
+                self._checks[layer] = self._checks[layer] + gradient if layer in self._checks else gradient
+                real = [t for t in (x, e, layer.owner) if t.is_floating_point()]
+                rounding = 20 * max(torch.finfo(t.dtype).eps for t in real) * statistics.magnitude()
+                known = self._precision.get(layer, (0.0, 0.0))
+                self._precision[layer] = max(known[0], tolerance(*real)), known[1] + rounding
+            if self._empirical and context.normaliser is not None:
+                self._deliver(layer, x, e * context.normaliser.to(e.dtype), context)
+
+    def _statistics(self, layer: Layer, x: Tensor, e: Tensor, context: Context) -> Statistics:
+        return layer.statistics(x, e, context.batch, self.config.factor_dtype(layer.owner))
+
+    def _deliver(self, layer: Layer, x: Tensor, e: Tensor, context: Context) -> None:
+        statistics = self._statistics(layer, x, e, context)
+        if self.config.sharing == "reduce":
+            statistics = statistics.reduced()
+        statistics.offset = context.offset
+        self.sink(layer, statistics)
+
+    @contextmanager
+    def _nested(self) -> Iterator[None]:
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Forward and backward passes inside are not captured."""
+        collecting, self.collecting = self.collecting, False
+        try:
+            yield
+        finally:
+            self.collecting = collecting
+
+    # The likelihood.
+
+    def _decide(self, f: Tensor, gradient: Tensor) -> bool:
+        """Settle the likelihood by the first gradient that is finite and not zero: the only look at values."""
+        size = float(gradient.norm())
+        if not 0 < size < float("inf"):
+            return False
+        self._decided = True
+        name = self.config.likelihood
+        if f.ndim == 0:
+            self._fall_back("the model returns a scalar: its outputs are not seen", self.config.likelihood != "auto")
+        elif name == "auto":
+            self.likelihood, self.likelihood_reason = detect(f, gradient)
+            if self.likelihood is None:
+                self._fall_back(self.likelihood_reason)
+        else:
+            self.likelihood, self.likelihood_reason = declared(name, f, gradient), "declared"
+            misfit = float(self.likelihood.read(f, gradient).misfit)
+            if misfit > tolerance(f, gradient) and self.config.loss_scale is None:
+                self._fall_back(
+                    f"the output gradient does not fit the declared likelihood {name!r} with hard labels "
+                    f"(relative misfit {misfit:.2g})"
+                )
+        self._check_loss_scale(f, gradient)
+        return True
+
+    def _check_loss_scale(self, f: Tensor, gradient: Tensor) -> None:
+        """A declared scale that the gradient contradicts is an error, where it can be read off."""
+        scale, likelihood = self.config.loss_scale, self.likelihood
+        if scale is None or likelihood is None or likelihood.name == "gaussian":
+            return
+        reading = likelihood.read(f, gradient)
+        if float(reading.misfit) > tolerance(f, gradient):
+            return  # soft labels: nothing can be read
+        found = float(reading.predictions / reading.normaliser)
+        told = float(reading.predictions) if scale == "sum" else float(scale)
+        if abs(found - told) > 0.01 * abs(told):
+            raise invalid(
+                "loss_scale",
+                scale,
+                f"{found:.6g}, which the output gradient shows for this {likelihood.name} loss",
+                "Leave loss_scale=None to have it read off.",
+            )
+
+    def _fall_back(self, why: str, warn: bool = True) -> None:
+        self._empirical = True
+        self.likelihood_reason = f"empirical Fisher instead: {why}"
+        if warn and self.config.fisher != "empirical":
+            warnings.warn(f"GRNG uses the empirical Fisher: {why}", GRNGWarning, stacklevel=2)
+
+    def _read(self, f: Tensor, gradient: Tensor) -> Reading:
+        """N and the number of predictions; under the fallback, a mean over the rows that receive a gradient."""
+        likelihood = self.likelihood
+        if likelihood is None:
+            batch = self._rows(gradient)
+            return Reading(batch, batch, torch.zeros_like(batch))
+        reading = likelihood.read(f, gradient)
+        scale = self.config.loss_scale
+        if scale is not None:
+            one = torch.ones_like(reading.predictions)
+            reading.normaliser = one if scale == "sum" else reading.predictions / scale
+        elif likelihood.name != "gaussian":
+            # Where everything is predicted right, rounding hides N in the gradient: what was read before holds on.
+            known = torch.ones_like(reading.misfit) if self._loss_scale is None else self._loss_scale
+            trusted = reading.misfit < tolerance(f, gradient)
+            self._loss_scale = torch.where(trusted, reading.predictions / reading.normaliser, known)
+            reading.normaliser = reading.predictions / self._loss_scale
+        return reading
+
+    @staticmethod
+    def _rows(gradient: Tensor) -> Tensor:
+        g = gradient.float()
+        return (g != 0).any(-1).sum().to(g.dtype) if g.ndim > 1 else torch.ones((), device=g.device)
+
+    def _count(self, reading: Reading, f: Tensor) -> None:
+        samples = f.shape[0] if f.ndim else 1
+        if self.batch is None:
+            self.batch = Batch(reading.predictions, reading.normaliser, reading.misfit, samples)
+            return
+        self.batch.predictions = self.batch.predictions + reading.predictions
+        self.batch.normaliser = reading.normaliser
+        self.batch.misfit = torch.maximum(self.batch.misfit, reading.misfit)
+        self.batch.samples += samples
+
+    def _cotangents(self, f: Tensor, gradient: Tensor) -> Iterator[Tensor]:
+        assert self.likelihood is not None
+        if self.config.fisher == "exact":
+            yield from self.likelihood.columns(f, gradient)
+        else:
+            yield self.likelihood.sample(f, gradient, self.generator(f.device))
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """The source of drawn labels on a device; apart from the user's own random numbers."""
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self.config.seed)
+        return self._generators[device]
+
+    # The self-check.
+
+    def _note_gradient(self, p: nn.Parameter) -> None:
+        if p in self._before and not self._busy and p.grad is not None:
+            self.note_gradient(p, p.grad)
+
+    def note_gradient(self, p: nn.Parameter, gradient: Tensor) -> None:
+        """The gradient that the backward pass left, before anybody clips or rescales it."""
+        if p in self._before:
+            self._after[p] = gradient.detach().clone()
+
+    def verify(self) -> list[Layer]:
+        """Compare what was captured with what autograd accumulated; returns the layers that failed.
+
+        It looks at values, once a layer.
+        """
+        failed: list[Layer] = []
+        pending = [layer for layer in self.layers if layer.status == "pending"]
+        if not pending:
+            self._remove(self._check_handles)
+        for layer in pending:
+            arrived = [p for p in layer.parameters if p in self._after]
+            if not arrived:
+                continue
+            if layer not in self._checks:
+                layer.status, layer.reason = (
+                    "failed",
+                    "no call was captured: its weights are used outside its forward()",
+                )
+                failed.append(layer)
+                continue
+            relative, absolute = self._precision[layer]
+            errors = [self._miss(p, mine, relative, float(absolute)) for p, mine in layer.views(self._checks[layer])]
+            if any(math.isnan(error) for error in errors):
+                continue  # not finite: the step is skipped, the layer is checked at the next
+            if max(errors) == 0:
+                layer.status = "verified"
+            else:
+                layer.status = "failed"
+                layer.reason = (
+                    f"the captured pair misses the gradient by {max(errors):.2g} (shared or transformed weights)"
+                )
+                failed.append(layer)
+        for layer in failed:
+            warnings.warn(
+                f"GRNG trains {layer.name or 'the model'} by the first-order fallback: {layer.reason}",
+                GRNGWarning,
+                stacklevel=3,
+            )
+        return failed
+
+    def _miss(self, p: nn.Parameter, mine: Tensor, relative: float, absolute: float) -> float:
+        """Relative error of the captured gradient of a parameter; 0 where rounding explains it."""
+        if p not in self._after:
+            return 0.0
+        before = self._before[p]
+        theirs = self._after[p] if before is None else self._after[p] - before
+        # Under accumulation the difference carries the rounding errors of what was there before.
+        size = float(theirs.norm()) + (0.0 if before is None else float(before.norm()))
+        error = float((mine - theirs).norm())
+        return 0.0 if error <= relative * size + absolute else error / max(size, 1e-30)
+
+    def finish_step(self, collect_next: bool) -> None:
+        """Forget this step's passes, and say whether the next one is measured."""
+        self.engine.release()
+        self.batch = None
+        self._checks.clear()
+        self._precision.clear()
+        self._before.clear()
+        self._after.clear()
+        self.collecting = collect_next
+
+    # State.
+
+    def state(self, device: torch.device) -> dict[str, Tensor]:
+        """What a resumed run needs: the drawn labels' source, and what was decided about the likelihood."""
+        code = next((i for i, (kind, dim) in enumerate(CODES) if self._is(kind, dim)), -1)
+        flags = torch.tensor([code, int(self._decided), int(self._empirical)])
+        scale = torch.ones((), device=device) if self._loss_scale is None else self._loss_scale
+        return {"fisher_rng": self.generator(device).get_state(), "likelihood": flags, "loss_scale": scale}
+
+    def load_state(self, state: dict[str, Tensor], device: torch.device) -> None:
+        self.generator(device).set_state(state["fisher_rng"].cpu())
+        code, decided, empirical = (int(v) for v in state["likelihood"])
+        self.likelihood = None if code < 0 else CODES[code][0](CODES[code][1])
+        self._decided, self._empirical = bool(decided), bool(empirical)
+        self._loss_scale = state["loss_scale"].clone()
+        self.likelihood_reason = "as in the checkpoint"
+
+    def _is(self, kind: type[Likelihood], dim: int) -> bool:
+        return type(self.likelihood) is kind and self.likelihood.class_dim == dim
+
+    def close(self) -> None:
+        """Remove every hook."""
+        self._remove(self._handles)
+        self._remove(self._check_handles)
+        self.engine.close()
+        self.current = None
+
+    @staticmethod
+    def _remove(handles: list[Any]) -> None:
+        for handle in handles:
+            handle.remove()
+        handles.clear()
+
+
+def find_output(output: Any) -> Tensor | None:
+    """The tensor that the loss is computed from: a tensor, `.logits`, a dict's "logits", or the first that has a graph.
+
+    >>> find_output({"logits": torch.ones(1, requires_grad=True)}).tolist()
+    [1.0]
+    """
+    if isinstance(output, Tensor):
+        return output if output.requires_grad and output.is_floating_point() else None
+    if isinstance(output, dict):
+        return find_output(output["logits"]) if "logits" in output else _first(output.values())
+    if hasattr(output, "logits"):
+        return find_output(output.logits)
+    return _first(output) if isinstance(output, list | tuple) else None
+
+
+def _first(values: Any) -> Tensor | None:
+    return next((f for f in map(find_output, values) if f is not None), None)

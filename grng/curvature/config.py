@@ -1,0 +1,89 @@
+"""What is measured, how, and how often."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from grng.errors import invalid, unknown
+
+FISHERS = ("mc", "empirical", "exact")
+LIKELIHOODS = ("auto", "categorical", "bernoulli", "gaussian")
+ENGINES = ("auto", "backpack", "hooks")
+SHARINGS = ("expand", "reduce")
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Settings of the curvature estimate; every field has a default that trains.
+
+    Args:
+        fisher: whose labels enter the Fisher. `"mc"`: labels drawn from the model (one extra pass over the layers, no
+            extra forward). `"empirical"`: the true labels (no extra pass; not the Fisher, but what many call so).
+            `"exact"`: the expectation over labels, one pass per output and position.
+        likelihood: `"auto"` reads it off the gradient that arrives at the model's output. `"categorical"`
+            (cross-entropy on logits or on log-probabilities), `"bernoulli"` (binary cross-entropy with logits, one
+            prediction an element), `"gaussian"` (squared error, one prediction an element).
+        loss_scale: the loss is `loss_scale` times torch's `reduction="mean"`; `"sum"` for a summed loss. None: read
+            off the gradient where the likelihood allows (categorical, Bernoulli), 1 for the Gaussian.
+        capture: the engine that delivers inputs and output gradients of the layers: `"hooks"` (plain tensor hooks),
+            `"backpack"`, or `"auto"` (BackPACK where the module tree shows that it is safe, hooks elsewhere).
+        ema: b, the decay of the running averages; 1 is the plain mean.
+        stats_every: steps between statistics.
+        inverse_every: steps between decompositions or inverses; None: as `stats_every`.
+        burn_in: statistics and decompositions at every one of the first steps.
+        damping: the floor lam0; None: 1e-3 of the mean eigenvalue of F, at least 1e-8.
+        kl_clip: kappa of the trust region nu = min(1, sqrt(kappa / (lr^2 D^T F D))); None: no trust region; "auto": the
+            variant's own.
+        sharing: how a layer used at several positions is treated: `"expand"` (positions count as rows) or `"reduce"`
+            (inputs averaged, gradients summed over the positions of a sample).
+        dtype: of factors; None: float64 for float64 parameters, float32 for all others.
+        seed: of the labels that are drawn; training's own random numbers are left alone.
+    """
+
+    fisher: Literal["mc", "empirical", "exact"] = "mc"
+    likelihood: Literal["auto", "categorical", "bernoulli", "gaussian"] = "auto"
+    loss_scale: float | Literal["sum"] | None = None
+    capture: Literal["auto", "backpack", "hooks"] = "auto"
+    ema: float = 0.95
+    stats_every: int = 10
+    inverse_every: int | None = None
+    burn_in: int = 10
+    damping: float | None = None
+    kl_clip: float | Literal["auto"] | None = "auto"
+    sharing: Literal["expand", "reduce"] = "expand"
+    dtype: torch.dtype | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("fisher", FISHERS),
+            ("likelihood", LIKELIHOODS),
+            ("capture", ENGINES),
+            ("sharing", SHARINGS),
+        ):
+            if getattr(self, name) not in choices:
+                raise unknown(name, getattr(self, name), choices)
+        if not 0 <= self.ema <= 1:
+            raise invalid("ema", self.ema, "in [0, 1]")
+        for name in ("stats_every", "inverse_every"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise invalid(name, value, "a whole number of steps, at least 1")
+        if not isinstance(self.burn_in, int) or self.burn_in < 0:
+            raise invalid("burn_in", self.burn_in, "a whole number of steps, at least 0")
+        for name in ("damping", "kl_clip", "loss_scale"):
+            value = getattr(self, name)
+            word = {"loss_scale": "sum", "kl_clip": "auto"}.get(name)
+            if value is None or value == word:
+                continue
+            if isinstance(value, str) or not math.isfinite(value) or value <= 0:
+                raise invalid(name, value, "a finite number > 0, or None" + (f', or "{word}"' if word else ""))
+        if self.dtype not in (None, torch.float32, torch.float64):
+            raise invalid("dtype", self.dtype, "torch.float32, torch.float64 or None", "Half precision loses factors.")
+
+    def factor_dtype(self, parameter: torch.Tensor) -> torch.dtype:
+        if self.dtype is not None:
+            return self.dtype
+        return torch.float64 if parameter.dtype == torch.float64 else torch.float32

@@ -1,0 +1,130 @@
+"""Who delivers a layer's input and output gradient: plain tensor hooks, or BackPACK. One interface.
+
+Both see the same forward pass, record one `Use` per call of a layer, and answer `pairs(node, gradient)`: the pairs
+(layer, input, output gradient) of a nested backward pass from the model's output with any gradient there. Where the
+capture asks for it, they also deliver the pairs of the user's own backward pass as it runs.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from grng.curvature.layers import Layer
+
+if TYPE_CHECKING:
+    from grng.curvature.capture import Capture, Pass
+
+Pair = tuple[Layer, Tensor, Tensor]
+
+
+class Hook:
+    """A bound method as a module hook that neither keeps its owner alive nor travels with a copy of the module.
+
+    A model that is pickled or deep-copied while attached carries an inert hook instead, made of the standard library
+    alone, so that it loads where GRNG is not installed.
+    """
+
+    def __init__(self, owner: Any, method: str, *extra: Any) -> None:
+        self.owner, self.method, self.extra = weakref.ref(owner), method, extra
+
+    def __call__(self, *args: Any) -> None:
+        owner = self.owner()
+        if owner is not None:
+            getattr(owner, self.method)(*self.extra, *args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")  # accepts any arguments and returns None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return nullcontext().__exit__
+
+
+class Use(NamedTuple):
+    """One call of a layer: its input and the place of its output in the graph."""
+
+    layer: Layer
+    x: Tensor
+    edge: GradientEdge
+
+
+def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+class HooksEngine:
+    """A forward hook that notes the output's place in the graph.
+
+    The place, not the tensor: an in-place operation on the output changes what the tensor stands for, not its place.
+    """
+
+    name = "hooks"
+
+    def __init__(self, capture: "Capture") -> None:
+        self.capture = capture
+        self.handles = [
+            layer.module.register_forward_hook(Hook(self, "_note", layer), with_kwargs=True) for layer in capture.layers
+        ]
+
+    def _note(self, layer: Layer, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        current = self.capture.current
+        if current is None or not layer.active or not isinstance(output, Tensor) or not output.requires_grad:
+            return
+        x = layer_input(args, kwargs).detach()
+        current.uses.append(Use(layer, x, get_gradient_edge(output)))
+        if self.capture.wants_true_gradient(layer):
+            # The closure holds no place in the graph, which would be a cycle and keep the graph alive.
+            context, deliver = current.context, self.capture.receive_true_gradient
+            output.register_hook(lambda e: deliver(layer, x, e, context))
+
+    def begin(self) -> None:
+        """Nothing to prepare for a forward pass."""
+
+    def finish(self, current: "Pass", output: Tensor) -> None:
+        """The last layer's place is the output's own, which the output's hook must not hold; it finds it by itself."""
+        node, number = output.grad_fn, output.output_nr
+        for i, use in enumerate(current.uses):
+            if use.edge.node is node and use.edge.output_nr == number:
+                current.uses[i] = use._replace(edge=GradientEdge(None, number))  # type: ignore[arg-type]
+
+    def pairs(self, current: "Pass", place: GradientEdge, gradient: Tensor) -> Iterator[Pair]:
+        edges = [place if use.edge.node is None else use.edge for use in current.uses]
+        if not edges:
+            return
+        found = torch.autograd.grad([place], edges, [gradient], retain_graph=True, allow_unused=True)
+        for use, e in zip(current.uses, found, strict=True):
+            if e is not None and use.layer.active:
+                yield use.layer, use.x, e
+
+    def listen(self) -> None:
+        """Tensor hooks listen anyway."""
+
+    def release(self) -> None:
+        """Nothing stays on the modules between steps."""
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+
+def make_engine(name: str, capture: "Capture", model: nn.Module, twice: bool) -> tuple["HooksEngine", str]:
+    """The engine that was asked for, or for "auto" BackPACK where the module tree shows that it is safe.
+
+    Returns:
+        the engine and, in words, why it was chosen.
+    """
+    if name == "hooks":
+        return HooksEngine(capture), "asked for"
+    from grng.curvature import backpack
+
+    if name == "backpack":
+        return backpack.BackpackEngine(capture), "asked for"
+    obstacle = "the backward pass is differentiated" if twice else backpack.obstacle(model, capture.layers)
+    if obstacle is None:
+        return backpack.BackpackEngine(capture), "every module is one that BackPACK carries"
+    return HooksEngine(capture), f"not BackPACK: {obstacle}"

@@ -1,0 +1,137 @@
+"""What a preconditioner may ask of one use of a layer, given its rows."""
+
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from grng.kernels import gram, group_gradients, rotate, squared_gradients
+
+
+class Statistics(Protocol):
+    """Sums over the rows of one use of a layer; k is the number of its matrices.
+
+    Rows whose output gradient is zero are padding, or positions that the loss does not see; they do not count. All
+    gradients are those of the loss summed over predictions, so that they do not depend on the loss's reduction.
+    """
+
+    samples: int
+    offset: int  # samples that came before, in earlier micro-batches of the step
+
+    @property
+    def rows(self) -> Tensor:
+        """(k,) rows that count."""
+
+    def input_sum(self) -> Tensor:
+        """(k, n_in, n_in) sum of x x^T, or (k, n_in), its diagonal, for an embedding."""
+
+    def output_sum(self) -> Tensor:
+        """(k, n_out, n_out) sum of e e^T."""
+
+    def gradient(self) -> Tensor:
+        """(k, n_out, n_in) sum of e x^T."""
+
+    def magnitude(self) -> Tensor:
+        """Sum over rows of |e| |x|: what rounding errors of `gradient` are relative to."""
+
+    def squared_gradients(self, U_out: Tensor | None = None, U_in: Tensor | None = None) -> Tensor:
+        """(k, n_out, n_in) sum over samples of the squared gradient, in the basis U_out, U_in where it is given."""
+
+    def group_gradients(self, groups: int) -> Tensor:
+        """(groups, k, n_out, n_in) gradients summed over the samples b with (offset + b) mod groups = g."""
+
+    def reduced(self) -> "Statistics":
+        """One row a sample: inputs averaged, output gradients summed over the positions."""
+
+
+class DenseStatistics:
+    """Statistics of a linear map: x (k, B, T, n_in), e (k, B, T, n_out)."""
+
+    def __init__(self, x: Tensor, e: Tensor) -> None:
+        self.x, self.e = x, e
+        self.samples, self.offset = x.shape[1], 0
+
+    @cached_property
+    def _counts(self) -> Tensor:
+        return (self.e != 0).any(-1)
+
+    @property
+    def rows(self) -> Tensor:
+        return self._counts.sum((1, 2)).to(self.e.dtype)
+
+    def input_sum(self) -> Tensor:
+        return gram(self.x * self._counts.unsqueeze(-1))
+
+    def output_sum(self) -> Tensor:
+        return gram(self.e)
+
+    def gradient(self) -> Tensor:
+        return self.e.flatten(1, 2).mT @ self.x.flatten(1, 2)
+
+    def magnitude(self) -> Tensor:
+        return (self.e.norm(dim=-1) * self.x.norm(dim=-1)).sum()
+
+    def squared_gradients(self, U_out: Tensor | None = None, U_in: Tensor | None = None) -> Tensor:
+        x = self.x if U_in is None else self.x @ U_in.unsqueeze(1)
+        e = self.e if U_out is None else self.e @ U_out.unsqueeze(1)
+        return squared_gradients(x, e)
+
+    def group_gradients(self, groups: int) -> Tensor:
+        return group_gradients(self.x, self.e, groups, self.offset)
+
+    def reduced(self) -> "DenseStatistics":
+        if self.x.shape[2] == 1:
+            return self
+        counts = self._counts.unsqueeze(-1)
+        mean = (self.x * counts).sum(2, keepdim=True) / counts.sum(2, keepdim=True).clamp(min=1)
+        return DenseStatistics(mean, self.e.sum(2, keepdim=True))
+
+
+class IndexStatistics:
+    """Statistics of an embedding: its inputs are one-hot, index (B, T), e (B, T, n_out); x is never formed."""
+
+    def __init__(self, index: Tensor, e: Tensor, n_in: int) -> None:
+        self.index, self.e, self.n_in = index, e, n_in
+        self.samples, self.offset = index.shape[0], 0
+
+    @cached_property
+    def _counts(self) -> Tensor:
+        return (self.e != 0).any(-1)
+
+    @property
+    def rows(self) -> Tensor:
+        return self._counts.sum().to(self.e.dtype).view(1)
+
+    def _scatter(self, bins: Tensor, values: Tensor, count: int) -> Tensor:
+        return values.new_zeros(count, *values.shape[1:]).index_add_(0, bins.reshape(-1), values)
+
+    def input_sum(self) -> Tensor:
+        return self._scatter(self.index, self._counts.reshape(-1).to(self.e.dtype), self.n_in).unsqueeze(0)
+
+    def output_sum(self) -> Tensor:
+        return gram(self.e.unsqueeze(0))
+
+    def gradient(self) -> Tensor:
+        return self._scatter(self.index, self.e.flatten(0, 1), self.n_in).mT.unsqueeze(0)
+
+    def magnitude(self) -> Tensor:
+        return self.e.norm(dim=-1).sum()
+
+    def squared_gradients(self, U_out: Tensor | None = None, U_in: Tensor | None = None) -> Tensor:
+        if U_in is not None:
+            raise ValueError("an embedding's input basis is the identity: pass U_in=None")
+        e = self.e if U_out is None else rotate(self.e.mT, U_out, None).mT
+        sample = torch.arange(self.samples, device=e.device).unsqueeze(1)
+        pairs, place = torch.unique(sample * self.n_in + self.index, return_inverse=True)
+        per_sample = self._scatter(place, e.flatten(0, 1), len(pairs))
+        return self._scatter(pairs % self.n_in, per_sample.square(), self.n_in).mT.unsqueeze(0)
+
+    def group_gradients(self, groups: int) -> Tensor:
+        part = (torch.arange(self.samples, device=self.e.device) + self.offset) % groups
+        bins = part.unsqueeze(1) * self.n_in + self.index
+        sums = self._scatter(bins, self.e.flatten(0, 1), groups * self.n_in)
+        return sums.view(groups, self.n_in, -1).mT.unsqueeze(1)
+
+    def reduced(self) -> "IndexStatistics":
+        return self  # an average of one-hot rows is not one-hot: embeddings are always expanded

@@ -1,0 +1,42 @@
+"""AdamW's rule for parameters that have no factors."""
+
+import torch
+from torch import Tensor
+
+
+def adamw_directions(
+    gradients: list[Tensor],
+    states: list[dict[str, Tensor]],
+    ok: Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> list[Tensor]:
+    """Directions of Adam (Kingma & Ba 2015); the decoupled decay of AdamW is applied by the optimizer to every variant.
+
+        m <- b1 m + (1-b1) g,   v <- b2 v + (1-b2) g^2,   D = -(m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps)
+
+    Args:
+        gradients: finite where `ok`.
+        states: per parameter `exp_avg`, `exp_avg_sq` and `step`, made where they are missing and updated in place.
+        ok: bool on the device; where false, no state changes.
+
+    >>> state = {}
+    >>> round(adamw_directions([torch.tensor([3.0])], [state], torch.tensor(True))[0].item(), 4)
+    -1.0
+    """
+    for g, state in zip(gradients, states, strict=True):
+        if "exp_avg" not in state:
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(g), torch.zeros_like(g)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=g.device)
+    m, v, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+    keep = [torch.where(ok, torch.full_like(steps[0], b), 1.0) for b in betas]
+    torch._foreach_add_(steps, [ok.to(steps[0].dtype)] * len(steps))
+    torch._foreach_mul_(m, keep[0])
+    torch._foreach_add_(m, torch._foreach_mul(gradients, 1 - keep[0]))
+    torch._foreach_mul_(v, keep[1])
+    torch._foreach_add_(v, torch._foreach_mul(torch._foreach_mul(gradients, gradients), 1 - keep[1]))
+    directions = []
+    for mean, square, step in zip(m, v, steps, strict=True):
+        t = step.clamp(min=1)
+        directions.append(-(mean / (1 - betas[0] ** t)) / ((square / (1 - betas[1] ** t)).sqrt() + eps))
+    return directions

@@ -1,0 +1,461 @@
+"""GRNG: regularise -> capture -> precondition -> trust region -> update."""
+
+import math
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from grng.curvature import Capture, Coverage, Curvature, Layer, Statistics
+from grng.curvature.plan import check_model, coverage_of, find_layers, named_groups
+from grng.damping import Damping, kl_scale
+from grng.errors import invalid, unknown
+from grng.fallback import adamw_directions
+from grng.preconditioners import Preconditioner, make_groups, make_preconditioner
+from grng.regularizers import double_backward_gradients, finite_difference_gradients
+from grng.variants import find_variant
+
+MODES = ("double", "finite", "ggn")
+NORMS = ("global", "layer")
+STATUS = ("pending", "verified", "failed")
+Gradients = dict[nn.Parameter, Tensor]
+
+
+class GRNG(Optimizer):
+    r"""Gradient-regularized natural gradients, as an ordinary torch optimizer.
+
+    .. math::
+        D = -(F + \lambda I)^{-1} g, \qquad m \leftarrow \mu m + D, \qquad
+        \theta \leftarrow (1 - \mathrm{lr}\,\mathrm{wd})\,\theta + \mathrm{lr}\,\nu\, m
+
+    with F the Fisher of the model's own labels in Kronecker blocks. The variants differ in lambda, g and F:
+
+    - ``"ring"``: lambda = rho \|g\|^2 + lam0 (implicit regularisation).
+    - ``"reng"``: g + rho H g in place of g, the gradient of L + rho/2 \|g\|^2 (explicit regularisation).
+    - ``"kalman"``: an extended Kalman filter with diagonal covariance, regularised in its gain.
+    - ``"kfac"``, ``"ekfac"``: rho = 0; constant damping lam0.
+
+    The family, its penalised loss and its quadratic model are published (arXiv 2601.18420); update intervals,
+    normalisation, the filter's equations and all defaults are derived here.
+
+    Args:
+        model: the model; its `forward` must be what the training loop calls.
+        variant: ``"ring"``, ``"reng"``, ``"kalman"``, ``"kfac"`` or ``"ekfac"``.
+        params: which parameters to train: tensors, (name, tensor) pairs or param groups; None: all trainable ones.
+        lr: learning rate; None: the variant's default. 1 is the natural gradient step where F is exact.
+        rho: strength of the regularisation, or ``"auto"``: relative to the curvature of the first batch.
+        momentum: in [0, 1).
+        weight_decay: decoupled, times lr.
+        mode: for reng, how H g is formed: ``"double"`` (exact, needs ``step(closure)``), ``"finite"`` (two gradients,
+            needs ``step(closure)``), ``"ggn"`` (F g in place of H g, one pass, no closure).
+        norm: whose gradient norm damps: ``"global"`` or each ``"layer"``'s own.
+        preconditioner: a name or an instance in place of the variant's own.
+        curvature: a :class:`Curvature` with the settings of the estimate; None: its defaults.
+        fallback: the rule for parameters without factors; ``"adamw"``.
+        fallback_lr: its learning rate; schedules of `lr` scale it alike.
+
+    Raises:
+        ValueError: a setting is out of range, or the model has nothing to train.
+        RuntimeError: another GRNG is attached to the model.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3))
+        >>> x, y = torch.randn(32, 4), torch.randint(3, (32,))
+        >>> with GRNG(model, variant="ring") as optimizer:
+        ...     for step in range(60):
+        ...         optimizer.zero_grad()
+        ...         loss = nn.functional.cross_entropy(model(x), y)
+        ...         loss.backward()
+        ...         optimizer.step()
+        >>> bool(loss < 0.6)
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        variant: str = "ring",
+        *,
+        params: Iterable[Any] | None = None,
+        lr: float | Tensor | None = None,
+        rho: float | Literal["auto"] | None = None,
+        momentum: float | None = None,
+        weight_decay: float = 0.0,
+        mode: Literal["double", "finite", "ggn"] | None = None,
+        norm: Literal["global", "layer"] = "global",
+        preconditioner: str | Preconditioner | None = None,
+        curvature: Curvature | None = None,
+        fallback: Literal["adamw"] = "adamw",
+        fallback_lr: float = 1e-3,
+    ) -> None:
+        parts = find_variant(variant)
+        lr = parts.lr if lr is None else lr
+        rho = parts.rho if rho is None else rho
+        momentum = parts.momentum if momentum is None else momentum
+        curvature = Curvature() if curvature is None else curvature
+        check_hyperparameters(lr=lr, momentum=momentum, weight_decay=weight_decay, fallback_lr=fallback_lr)
+        if rho != "auto" and (isinstance(rho, str) or not (math.isfinite(rho) and rho >= 0)):
+            raise invalid("rho", rho, 'a finite number >= 0, or "auto"')
+        if rho != 0 and parts.regularization is None:
+            raise invalid("rho", rho, f"0 for variant {variant!r}", "variant='ring' is kfac with rho.")
+        if mode is not None and parts.regularization != "penalty":
+            raise invalid("mode", mode, f"None for variant {variant!r}", "Only reng has modes.")
+        for name, value, choices in (
+            ("mode", mode or "double", MODES),
+            ("norm", norm, NORMS),
+            ("fallback", fallback, ("adamw",)),
+        ):
+            if value not in choices:
+                raise unknown(name, value, choices)
+        if not isinstance(curvature, Curvature):
+            raise invalid("curvature", curvature, "a grng.Curvature or None")
+        if curvature.kl_clip == "auto":
+            curvature = replace(curvature, kl_clip=parts.kl_clip)
+        check_model(model)
+
+        self.variant = variant
+        self._mode = (mode or "double") if parts.regularization == "penalty" else None
+        self._norm, self._curvature = norm, curvature
+        which, settings = (parts.preconditioner, parts.settings) if preconditioner is None else (preconditioner, {})
+        self._preconditioner = make_preconditioner(which, **settings)
+        self._names = {p: name for name, p in model.named_parameters()}
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "fallback_lr": fallback_lr}
+        super().__init__(named_groups(model, params, self._names), defaults)
+        for group in self.param_groups:
+            check_hyperparameters(**{name: group[name] for name in defaults})
+            group["base_lr"] = float(group["lr"])
+        trainable = {p for group in self.param_groups for p in group["params"]}
+        devices = {p.device for p in trainable}
+        if len(devices) > 1:
+            raise invalid("model", sorted(map(str, devices)), "on one device", "Move it with model.to(device).")
+        self._device = devices.pop()
+        self._damping = Damping(parts, rho, curvature.damping, self._device)
+
+        self._layers, self._uncovered = find_layers(model, trainable)
+        self._groups = make_groups(self._layers, curvature)
+        self._preconditioner.setup(self._groups, curvature)
+        self._capture = Capture(model, self._layers, curvature, self._observe, twice=self._mode == "double")
+        self._finalizer = weakref.finalize(self, self._capture.close)
+        self._model = weakref.ref(model)
+        self._steps = 0
+        self._fresh: set[Layer] = set()  # observed since the last step
+        self._current: set[Layer] = set()  # observed for this step
+        self._observed: set[Layer] = set()  # ever observed
+        names = ("grad_norm", "lam", "kl_scale", "refreshes", "skipped", "uncaptured", "misfit")
+        self._scalars = {name: torch.zeros((), device=self._device) for name in names}
+        self._link_state()
+
+    # The step.
+
+    @property
+    def requires_closure(self) -> bool:
+        """Whether `step` needs a closure, because the regularised gradient takes a second pass."""
+        return self._mode in ("double", "finite")
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update.
+
+        Args:
+            closure: calls `zero_grad`, the forward pass and `backward`, and returns the loss. Needed by reng in modes
+                "double" and "finite", taken by all.
+
+        Returns:
+            what the closure returned.
+
+        Raises:
+            RuntimeError: there is no gradient, or no closure where one is needed, or a closure that returns None.
+        """
+        if closure is None:
+            if self.requires_closure:
+                raise RuntimeError(
+                    f"variant 'reng' in mode {self._mode!r} takes a second pass: call step(closure) with a closure that "
+                    "calls zero_grad(), the forward pass and backward() and returns the loss; or choose mode='ggn'"
+                )
+            loss, gradients = None, self._plain_gradients()
+        else:
+            loss, gradients = self._evaluate(closure)
+            if loss is None:
+                raise RuntimeError("the closure returned None: it must return the loss that it called backward() on")
+        with torch.no_grad():
+            self._update(gradients)
+        return loss
+
+    def _evaluate(self, closure: Callable[[], Any]) -> tuple[Any, Gradients]:
+        """Run the closure, and form the gradient of the penalised loss where the variant asks for it."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        paused = self._capture.paused
+        rho = self._damping.strength
+        if self._mode == "double":
+            return double_backward_gradients(closure, parameters, rho, paused, self._capture.note_gradient)
+        if self._mode == "finite":
+            model = self._model()
+            assert model is not None
+            return finite_difference_gradients(closure, parameters, rho, paused, model)
+        with torch.enable_grad():
+            loss = closure()
+        return loss, self._plain_gradients()
+
+    def _plain_gradients(self) -> Gradients:
+        return {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
+
+    def _update(self, gradients: Gradients) -> None:
+        if not gradients:
+            raise RuntimeError("step() found no gradient: call loss.backward() first, on a loss made by this model")
+        self._capture.verify()
+        square_norm = torch.stack(torch._foreach_norm(list(gradients.values()))).float().square().sum()
+        ok = torch.isfinite(square_norm)
+        self._refresh(ok, square_norm)
+        directions, scale = self._precondition(gradients, square_norm, ok)
+        self._apply(gradients, directions, scale, ok)
+        self._scalars["grad_norm"], self._scalars["kl_scale"] = square_norm.sqrt(), scale
+        self._scalars["skipped"] = self._scalars["skipped"] + ~ok
+        self._steps += 1
+        self._capture.finish_step(self._due(self._curvature.stats_every) or not self._observed)
+
+    def _due(self, every: int) -> bool:
+        return self._preconditioner.every_step or self._steps < self._curvature.burn_in or self._steps % every == 0
+
+    def _decompose(self) -> bool:
+        """Whether decompositions are due: early on at steps 0, 1, 2, 4, 8, ..., when the averages change most."""
+        t = self._steps
+        every = self._curvature.inverse_every or self._curvature.stats_every
+        return (t & (t - 1) == 0) if t < self._curvature.burn_in else t % every == 0
+
+    # Curvature.
+
+    def _observe(self, layer: Layer, statistics: Statistics) -> None:
+        self._preconditioner.observe(layer, statistics)
+        self._fresh.add(layer)
+
+    def _refresh(self, ok: Tensor, square_norm: Tensor) -> None:
+        """Fold this step's statistics in; on the device, those of a gradient that is not finite are left out."""
+        batch, self._current, self._fresh = self._capture.batch, self._fresh, set()
+        if batch is None or not self._current:
+            if self._capture.collecting:
+                self._scalars["uncaptured"] = self._scalars["uncaptured"] + 1
+            self._preconditioner.discard()
+            return
+        batch.valid = ok
+        self._preconditioner.refresh(batch, self._decompose() or not self._current <= self._observed)
+        self._observed |= self._current
+        self._scalars["refreshes"] = self._scalars["refreshes"] + 1
+        self._scalars["misfit"] = batch.misfit
+        self._damping.settle(self._preconditioner, square_norm, ok)
+
+    def _precondition(self, gradients: Gradients, square_norm: Tensor, ok: Tensor) -> tuple[Gradients, Tensor]:
+        """Directions of the layers that are measured and take part, and the trust region's nu."""
+        measured = self._current if self._preconditioner.every_step else self._observed
+        taking = [
+            layer
+            for layer in self._layers
+            if layer.active and layer in measured and any(p in gradients for p in layer.parameters)
+        ]
+        one = torch.ones((), device=self._device)
+        if not taking:
+            return {}, one
+        stacks = self._stack(taking, gradients, ok)
+        if self._mode == "ggn":
+            products = self._preconditioner.curvature_product(stacks)
+            stacks = [G + self._damping.strength().to(G.dtype) * FG for G, FG in zip(stacks, products, strict=True)]
+        found = self._preconditioner.precondition(stacks, self._lam(stacks, square_norm))
+        masks = self._preconditioner.measured()
+        found = [torch.where(ok & mask, D, 0).contiguous() for D, mask in zip(found, masks, strict=True)]
+        directions = {
+            p: D for layer in taking for p, D in layer.views(found[layer.group][layer.slots]) if p in gradients
+        }
+        limit = self._curvature.kl_clip
+        if not isinstance(limit, float):
+            return directions, one
+        quadratic = self._preconditioner.quadratic(stacks, found)
+        return directions, kl_scale(limit, self._squared_length(taking, quadratic)).to(one.dtype)
+
+    def _stack(self, taking: list[Layer], gradients: Gradients, ok: Tensor) -> list[Tensor]:
+        """Gradients as stacks (k, n_out, n_in), one a group; zero for layers that take no part."""
+        stacks = [torch.zeros(g.size, g.n_out, g.n_in, dtype=g.dtype, device=g.device) for g in self._groups]
+        views = [pair for layer in taking for pair in layer.views(stacks[layer.group][layer.slots])]
+        views = [(p, view) for p, view in views if p in gradients]
+        torch._foreach_copy_([view for _, view in views], [gradients[p].detach() for p, _ in views])
+        return [torch.where(ok, G, 0) for G in stacks]
+
+    def _lam(self, stacks: list[Tensor], square_norm: Tensor) -> list[Tensor]:
+        """The damping per group, (k, 1, 1)."""
+        norms = [square_norm.view(1, 1, 1).expand(len(G), 1, 1) for G in stacks]
+        if self._norm == "layer":
+            norms = self._layer_norms(stacks)
+        lam = [self._damping(n).to(G.dtype) for G, n in zip(stacks, norms, strict=True)]
+        self._scalars["lam"] = lam[0].flatten()[0]
+        return lam
+
+    def _layer_norms(self, stacks: list[Tensor]) -> list[Tensor]:
+        norms = [G.square().sum((1, 2), keepdim=True) for G in stacks]
+        for layer in self._layers:
+            if layer.blocks > 1:
+                own = norms[layer.group][layer.slots]
+                own.copy_(own.sum().expand_as(own))
+        return norms
+
+    def _squared_length(self, taking: list[Layer], quadratic: list[Tensor]) -> Tensor:
+        """lr^2 <D, F D> summed over layers, each with the learning rate of its group."""
+        rates = {p: group["lr"] for group in self.param_groups for p in group["params"]}
+        if len({id(rate) if isinstance(rate, Tensor) else rate for rate in rates.values()}) == 1:
+            rate = next(iter(rates.values()))
+            return rate**2 * torch.stack([q.sum() for q in quadratic]).sum()
+        parts = [rates[layer.owner] ** 2 * quadratic[layer.group][layer.slots].sum() for layer in taking]
+        return torch.stack(parts).sum()
+
+    # The update.
+
+    def _apply(self, gradients: Gradients, directions: Gradients, scale: Tensor, ok: Tensor) -> None:
+        """Momentum, decoupled decay and step, param group by param group; on the device, nothing if not `ok`."""
+        for group in self.param_groups:
+            members = [p for p in group["params"] if p in gradients]
+            covered = [p for p in members if p in directions]
+            others = [p for p in members if p not in directions]
+            lr, decay = group["lr"], group["weight_decay"]
+            if decay:
+                torch._foreach_mul_(members, torch.where(ok, 1 - lr * decay, 1.0).to(members[0].dtype))
+            if covered:
+                steps = self._momentum(covered, [directions[p] for p in covered], group["momentum"], ok)
+                _add_(covered, steps, lr * scale * ok)
+            if others:
+                clean = [torch.where(ok, gradients[p], 0).to(self._curvature.factor_dtype(p)) for p in others]
+                found = adamw_directions(clean, [self.state[p] for p in others], ok)
+                rate = group["fallback_lr"] * (lr / group["base_lr"] if group["base_lr"] else 1.0)
+                _add_(others, found, rate * ok)
+
+    def _momentum(self, params: list[nn.Parameter], directions: list[Tensor], mu: float, ok: Tensor) -> list[Tensor]:
+        if mu == 0:
+            return directions
+        for p, D in zip(params, directions, strict=True):
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(D, memory_format=torch.contiguous_format)
+        buffers = [self.state[p]["momentum"] for p in params]
+        torch._foreach_mul_(buffers, torch.where(ok, mu, 1.0).to(buffers[0].dtype))
+        torch._foreach_add_(buffers, directions)
+        return buffers
+
+    # What the user looks at.
+
+    def coverage(self) -> Coverage:
+        """How every trained parameter is treated: method, engine, whether the capture was verified, and why."""
+        trained = [p for group in self.param_groups for p in group["params"]]
+        method = self._preconditioner.name
+        return coverage_of(self._names, trained, self._layers, self._uncovered, self._capture, method, "adamw")
+
+    @property
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Scalars of the last step, on the device.
+
+        grad_norm, lam (of the first group), rho, kl_scale (nu), misfit (of the likelihood); and counts: refreshes,
+        skipped (steps with a gradient that is not finite), uncaptured (statistics steps that saw no output), failures
+        (decompositions that kept the previous result).
+        """
+        failures = getattr(self._preconditioner, "failures", torch.zeros(()))
+        return {**self._scalars, "rho": self._damping.strength(), "failures": failures}
+
+    # State and life cycle.
+
+    def _link_state(self) -> None:
+        """Put the preconditioner's quantities under their parameters, as views."""
+        for layer in self._layers:
+            self.state[layer.owner].update(self._preconditioner.state(layer))
+
+    @property
+    def _first(self) -> nn.Parameter:
+        return self.param_groups[0]["params"][0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; every tensor stands under a parameter, factors in their own precision.
+
+        Take it between `step()` and the next `backward()`: what a backward pass has measured so far is not in it.
+        """
+        for layer in self._layers:
+            flags = (STATUS.index(layer.status), layer in self._observed)
+            self.state[layer.owner]["layer_status"] = torch.tensor(flags)
+        shared = {"grng_steps": torch.tensor(self._steps), **self._damping.state()}
+        shared["grng_skipped"] = self._scalars["skipped"]
+        self.state[self._first].update(shared, **self._capture.state(self._device))
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a checkpoint, to the bit.
+
+        Raises:
+            ValueError: it was written by another variant or for another model; nothing is changed then.
+        """
+        self._check_state(state_dict)
+        super().load_state_dict(state_dict)
+        for layer in self._layers:
+            state = self.state[layer.owner]
+            self._preconditioner.load_state(layer, state)
+            status, observed = (int(v) for v in state["layer_status"])
+            layer.status = STATUS[status]
+            if observed:
+                self._observed.add(layer)
+        shared = self.state[self._first]
+        self._steps = int(shared["grng_steps"])
+        self._damping.load_state(shared)
+        self._scalars["skipped"] = shared["grng_skipped"].clone()
+        self._capture.load_state(shared, self._device)
+        self._link_state()
+        self._capture.finish_step(self._due(self._curvature.stats_every) or not self._observed)
+
+    def _check_state(self, state_dict: dict[str, Any]) -> None:
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        saved = {p: state_dict["state"].get(i, {}) for i, p in zip(ids, params, strict=False)}
+        for layer in self._layers:
+            mine, theirs = self._preconditioner.state(layer), saved.get(layer.owner, {})
+            wrong = [n for n, t in mine.items() if n not in theirs or theirs[n].shape != t.shape]
+            if wrong or "layer_status" not in theirs:
+                raise ValueError(
+                    f"the checkpoint does not fit {layer.name or 'the model'} under variant {self.variant!r} "
+                    f"({self._preconditioner.name}): it lacks {', '.join(wrong) or 'layer_status'} in the right shape. "
+                    "Build GRNG with the variant, preconditioner and model that the checkpoint was written with"
+                )
+        if "grng_steps" not in saved.get(params[0], {}):
+            raise ValueError("the checkpoint is not GRNG's: it holds no 'grng_steps' under the first parameter")
+
+    @staticmethod
+    def _process_value_according_to_param_policy(
+        param: Tensor, value: Tensor, param_id: int, param_groups: list[dict[Any, Any]], key: Any = None
+    ) -> Tensor:
+        # torch would cast every floating tensor to the parameter's dtype, which ruins the factors of a bf16 layer.
+        return value if key in ("fisher_rng", "likelihood", "layer_status", "grng_steps") else value.to(param.device)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a GRNG optimizer is attached to its model and cannot be copied or pickled: save state_dict(), build "
+            "GRNG(model, ...) anew and load it"
+        )
+
+    def close(self) -> None:
+        """Remove every hook from the model; the optimizer cannot be used afterwards."""
+        self._finalizer()
+
+    def __enter__(self) -> "GRNG":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def check_hyperparameters(**values: Any) -> None:
+    """Numbers of a param group: finite and not negative, momentum below 1."""
+    for name, value in values.items():
+        if name == "momentum":
+            if isinstance(value, str) or not 0 <= value < 1:
+                raise invalid(name, value, "in [0, 1)")
+        elif isinstance(value, str) or not (math.isfinite(value) and value >= 0):
+            raise invalid(name, value, "a finite number >= 0")
+
+
+def _add_(params: list[nn.Parameter], steps: list[Tensor], rate: Tensor) -> None:
+    """p <- p + rate * step, in the parameters' own precision; `rate` is a scalar on the device."""
+    scaled = torch._foreach_mul(steps, rate.to(steps[0].dtype))
+    torch._foreach_add_(params, [s.to(p.dtype) for p, s in zip(params, scaled, strict=True)])

@@ -1,0 +1,233 @@
+"""The preconditioner protocol: three methods, and stacked quantities that save and load themselves."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from grng.curvature import Batch, Curvature, Layer, Statistics
+from grng.kernels import ema_
+
+
+@dataclass
+class Group:
+    """Matrices of one shape: k of them, from one or several layers, stacked as (k, n_out, n_in)."""
+
+    n_out: int
+    n_in: int
+    indexed: bool
+    dtype: torch.dtype
+    device: torch.device
+    layers: list[Layer] = field(default_factory=list)
+    size: int = 0
+
+
+def make_groups(layers: Sequence[Layer], config: Curvature) -> list[Group]:
+    """Sort layers into groups of one shape, dtype and device, and tell each layer its slots."""
+    groups: dict[tuple, Group] = {}
+    for layer in layers:
+        dtype, device = config.factor_dtype(layer.owner), layer.owner.device
+        key = (layer.n_out, layer.n_in, layer.indexed, dtype, device)
+        group = groups.setdefault(key, Group(*key))
+        layer.group = list(groups).index(key)
+        layer.slots = slice(group.size, group.size + layer.blocks)
+        group.layers.append(layer)
+        group.size += layer.blocks
+    return list(groups.values())
+
+
+class Stacked:
+    """One tensor per matrix, of a shape that depends on its group; equal shapes share one persistent stack.
+
+    Attributes:
+        stacks: the stacks, (sum of k over the groups of one shape, *shape).
+        values: per group its part of a stack, (k, *shape): a view.
+    """
+
+    def __init__(self, groups: Sequence[Group], shape: Callable[[Group], tuple[int, ...]], fill: float = 0.0) -> None:
+        # Quantities of one side of the matrices fall into stacks alike, whatever their shapes: factor i of one belongs
+        # to basis i of another.
+        keys = [(tuple(shape(g)), g.indexed, g.dtype, g.device) for g in groups]
+        self.keys = list(dict.fromkeys(keys))
+        self.places: list[tuple[int, int]] = []
+        sizes = dict.fromkeys(self.keys, 0)
+        for key, group in zip(keys, groups, strict=True):
+            self.places.append((self.keys.index(key), sizes[key]))
+            sizes[key] += group.size
+        self.stacks = [torch.full((sizes[k], *k[0]), fill, dtype=k[2], device=k[3]) for k in self.keys]
+        self.values = self.split(self.stacks, groups)
+
+    def split(self, stacks: list[Tensor], groups: Sequence[Group]) -> list[Tensor]:
+        """Tensors laid out as the stacks are, seen group by group."""
+        places = zip(self.places, groups, strict=True)
+        return [stacks[i][start : start + group.size] for (i, start), group in places]
+
+    def spread(self, values: list[Tensor]) -> list[Tensor]:
+        """The inverse of `split` for one number per matrix: (k,) a group -> one tensor a stack."""
+        out = [stack.new_zeros(len(stack)) for stack in self.stacks]
+        for (i, start), value in zip(self.places, values, strict=True):
+            out[i][start : start + len(value)] = value
+        return out
+
+    def of(self, layer: Layer) -> Tensor:
+        """A layer's own part, (blocks, *shape): a view."""
+        return self.values[layer.group][layer.slots]
+
+
+class Moment(Stacked):
+    """A running average of sums over rows, stack by stack.
+
+    `add` collects within a step, over uses and micro-batches; `update` folds sum / weight into the average.
+    """
+
+    def __init__(self, groups: Sequence[Group], shape: Callable[[Group], tuple[int, ...]], decay: float) -> None:
+        super().__init__(groups, shape)
+        self.decay = decay
+        self.counts = [stack.new_zeros(len(stack)) for stack in self.stacks]
+        self.count_values = self.split(self.counts, groups)
+        self._sums: list[Tensor | None] = [None] * len(self.stacks)
+        self._weights: list[Tensor | None] = [None] * len(self.stacks)
+        self._observed: set[tuple[int, int]] = set()
+
+    def add(self, layer: Layer, value: Tensor, weight: Tensor | None = None) -> None:
+        """Add a sum over rows (blocks, *shape) and, where rows are counted per matrix, their number (blocks,)."""
+        i, start = self.places[layer.group]
+        slots = slice(start + layer.slots.start, start + layer.slots.stop)
+        if self._sums[i] is None:
+            self._sums[i] = torch.zeros_like(self.stacks[i])
+            self._weights[i] = torch.zeros_like(self.counts[i])
+        self._sums[i][slots] += value  # type: ignore[index]
+        if weight is not None:
+            self._weights[i][slots] += weight  # type: ignore[index]
+        self._observed.update((i, slot) for slot in range(slots.start, slots.stop))
+
+    def update(self, batch: Batch, by_rows: bool = False) -> None:
+        """Fold what was added into the average: sums divided by the batch's predictions, or by the rows that were
+        added with them. A batch that is not valid leaves average and count as they are."""
+        for i, (total, rows) in enumerate(zip(self._sums, self._weights, strict=True)):
+            if total is None or rows is None:
+                continue
+            seen = [(i, slot) in self._observed for slot in range(len(total))]
+            observed = torch.tensor(seen, device=total.device) & batch.valid
+            if by_rows:
+                observed &= rows > 0
+                mean = total / rows.clamp(min=1).view(-1, *[1] * (total.ndim - 1))
+            else:
+                mean = total / batch.predictions.to(total)
+            ema_(self.stacks[i], self.counts[i], mean, self.decay, observed)
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget what was added since the last update."""
+        self._sums = [None] * len(self.stacks)
+        self._weights = [None] * len(self.stacks)
+        self._observed.clear()
+
+
+class Preconditioner(ABC):
+    """Makes a direction out of a gradient. A method states three things: what it observes, how it refreshes, how it
+    preconditions.
+
+        observe(layer, statistics)     inside the backward pass, for every use of a layer on a statistics step
+        refresh(batch, decompose)      once in the step, after all of them
+        precondition(gradients, damping) -> directions
+
+    Gradients and directions are lists with one stack (k, n_out, n_in) a group; a direction is added to the
+    parameters, so that <direction, gradient> < 0. Quantities made by `moment` and `buffer` in `allocate` are saved
+    with the parameters and loaded back without further code.
+
+    >>> from grng.preconditioners import Preconditioner, register_preconditioner
+    >>> @register_preconditioner("example-rms")
+    ... class RMS(Preconditioner):
+    ...     def allocate(self):
+    ...         self.second = self.moment("second", lambda group: (group.n_out, group.n_in))
+    ...
+    ...     def observe(self, layer, statistics):
+    ...         self.second.add(layer, statistics.squared_gradients())
+    ...
+    ...     def refresh(self, batch, decompose):
+    ...         self.second.update(batch)
+    ...
+    ...     def precondition(self, gradients, damping):
+    ...         return [-g / (s.sqrt() + d) for g, s, d in zip(gradients, self.second.values, damping)]
+    """
+
+    name = "custom"
+    every_step = False  # whether statistics are needed at every step, whatever `stats_every` says
+
+    def setup(self, groups: Sequence[Group], config: Curvature) -> None:
+        """Called by the optimizer with the groups of layers; calls `allocate`."""
+        self.groups, self.config = list(groups), config
+        self.saved: dict[str, Stacked] = {}
+        self.allocate()
+
+    def allocate(self) -> None:
+        """Make the quantities that live across steps."""
+
+    @abstractmethod
+    def observe(self, layer: Layer, statistics: Statistics) -> None:
+        """Take what is needed from one use of a layer."""
+
+    @abstractmethod
+    def refresh(self, batch: Batch, decompose: bool) -> None:
+        """Fold the observations in; `decompose` says that decompositions or inverses are due."""
+
+    @abstractmethod
+    def precondition(self, gradients: list[Tensor], damping: list[Tensor]) -> list[Tensor]:
+        """Directions for the gradients; damping has one entry a group, (k, 1, 1)."""
+
+    def largest_curvature(self) -> Tensor:
+        """The scale of the curvature, its largest eigenvalue where the method knows it: defaults are relative to it."""
+        return torch.ones((), device=self.groups[0].device)
+
+    def measured(self) -> list[Tensor]:
+        """Which matrices have been measured, one bool (k, 1, 1) a group; the others are not moved."""
+        for stacked in self.saved.values():
+            if isinstance(stacked, Moment):
+                return [(count > 0).view(-1, 1, 1) for count in stacked.count_values]
+        return [torch.ones(g.size, 1, 1, dtype=torch.bool, device=g.device) for g in self.groups]
+
+    def quadratic(self, gradients: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
+        """<D, F D> of the last directions per matrix, one (k,) a group; without F its cheap stand-in -<D, G>."""
+        return [-(d * g).sum((1, 2)) for g, d in zip(gradients, directions, strict=True)]
+
+    def curvature_product(self, gradients: list[Tensor]) -> list[Tensor]:
+        """F G per group."""
+        raise TypeError(f"preconditioner {self.name!r} has no curvature product: RENG's mode 'ggn' needs kfac or ekfac")
+
+    def discard(self) -> None:
+        """Forget observations of a step that is not to be counted."""
+        for stacked in self.saved.values():
+            if isinstance(stacked, Moment):
+                stacked.discard()
+
+    def moment(self, name: str, shape: Callable[[Group], tuple[int, ...]], decay: float | None = None) -> Moment:
+        """A running average (decay from the settings) that is saved under `name`."""
+        self.saved[name] = moment = Moment(self.groups, shape, self.config.ema if decay is None else decay)
+        return moment
+
+    def buffer(self, name: str, shape: Callable[[Group], tuple[int, ...]], fill: float = 0.0) -> Stacked:
+        """A stacked quantity that is saved under `name`."""
+        self.saved[name] = Stacked(self.groups, shape, fill)
+        return self.saved[name]
+
+    def state(self, layer: Layer) -> dict[str, Tensor]:
+        """A layer's part of everything that is saved: views, so that a checkpoint is always current."""
+        state = {}
+        for name, stacked in self.saved.items():
+            state[name] = stacked.of(layer)
+            if isinstance(stacked, Moment):
+                state[name + ".count"] = stacked.count_values[layer.group][layer.slots]
+        return state
+
+    def load_state(self, layer: Layer, state: dict[str, Tensor]) -> None:
+        """Copy a layer's part back."""
+        for name, view in self.state(layer).items():
+            if name not in state or state[name].shape != view.shape:
+                raise ValueError(
+                    f"the checkpoint does not fit layer {layer.name!r} under preconditioner {self.name!r}: "
+                    f"{name!r} of shape {tuple(view.shape)} is expected"
+                )
+            view.copy_(state[name])

@@ -1,0 +1,119 @@
+"""Regularized Kalman: the parameters are the state of an extended Kalman filter; no d x d matrix is inverted."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from grng.curvature import Batch, Layer, Statistics
+from grng.errors import invalid, unknown
+from grng.kernels import propagate_fd, propagate_vd, woodbury_direction
+from grng.preconditioners.base import Preconditioner
+from grng.preconditioners.registry import register_preconditioner
+
+PROJECTIONS = ("vd", "fd")
+
+
+@register_preconditioner("kalman")
+class Kalman(Preconditioner):
+    """Extended Kalman filter with a diagonal covariance p and fading memory (derived here; the published R-Kalman is
+    Bayesian and inverts no Fisher matrix, its equations could not be read).
+
+        p_pred = min(p / (1 - gamma), p_max)                       prediction
+        q      = p_pred / (1 + lam_K p_pred)                       regularised prior, in the gain only
+        D      = -[ q g - q V (I_m + V^T q V)^{-1} V^T q g ]       g: gradient of the summed loss
+        p      = vd or fd propagation of p_pred through V          never through q
+
+    V has m columns with E[V V^T] = sum_i F_i: sums of gradients with labels drawn from the model over m parts of the
+    batch. lam_K = B lam / gamma, lam being RING's rho ||g||^2, so that equal rho and lr = gamma mean the same.
+
+    Args:
+        p0: variance of every parameter at the start.
+        gamma: forgetting in [0, 1): the share of the information lost a step. At once the learning rate and the decay
+            of the running Fisher; 0 accumulates for ever, which stationary data want and deep networks do not.
+        groups: m, the columns of V.
+        projection: `"vd"`, p = 1/(1/p + rowsum V^2), or `"fd"`, the diagonal of the exact posterior covariance.
+        p_max: cap on p under forgetting; None: p0.
+    """
+
+    every_step = True
+
+    def __init__(
+        self,
+        p0: float = 1e-2,
+        gamma: float = 1e-2,
+        groups: int = 16,
+        projection: Literal["vd", "fd"] = "vd",
+        p_max: float | None = None,
+    ) -> None:
+        if not (math.isfinite(p0) and p0 > 0):
+            raise invalid("p0", p0, "a finite number > 0")
+        if not 0 <= gamma < 1:
+            raise invalid("gamma", gamma, "in [0, 1)")
+        if not isinstance(groups, int) or groups < 1:
+            raise invalid("groups", groups, "a whole number, at least 1")
+        if projection not in PROJECTIONS:
+            raise unknown("projection", projection, PROJECTIONS)
+        if p_max is not None and p_max < p0:
+            raise invalid("p_max", p_max, f"at least p0 = {p0}")
+        self.p0, self.gamma, self.columns, self.projection, self.p_max = p0, gamma, groups, projection, p_max
+
+    def allocate(self) -> None:
+        self.p = self.buffer("p", lambda group: (group.n_out, group.n_in), self.p0)
+        self._V: list[Tensor | None] = [None] * len(self.groups)
+        self._prior: list[Tensor] = []
+        self._batch: Batch | None = None
+
+    def observe(self, layer: Layer, statistics: Statistics) -> None:
+        V = self._V[layer.group]
+        if V is None:
+            shape = (self.columns, *self.p.values[layer.group].shape)
+            V = self._V[layer.group] = self.p.values[layer.group].new_zeros(shape)
+        V[:, layer.slots] += statistics.group_gradients(self.columns)
+
+    def refresh(self, batch: Batch, decompose: bool) -> None:
+        """Predict, and propagate the covariance through the batch; an invalid batch leaves it as it was."""
+        self._batch = batch
+        self._V = [
+            p.new_zeros(self.columns, *p.shape) if V is None else torch.where(batch.valid, V, 0)
+            for p, V in zip(self.p.values, self._V, strict=True)
+        ]
+        cap = self.p0 if self.p_max is None else self.p_max
+        self._prior = [(p / (1 - self.gamma)).clamp(max=cap) for p in self.p.values]
+        flat = [(p.flatten(), V.flatten(1)) for p, V in zip(self._prior, self._flat_V(), strict=True)]
+        if self.projection == "vd":
+            new = [propagate_vd(p, V) for p, V in flat]
+        else:
+            rows = [V for _, V in flat]
+            _, root = woodbury_direction([p for p, _ in flat], rows, [V * p for p, V in flat])
+            new = [propagate_fd(p, V, root) for p, V in flat]
+        for p, posterior in zip(self.p.values, new, strict=True):
+            p.copy_(torch.where(batch.valid, posterior.view_as(p), p))
+
+    def _flat_V(self) -> list[Tensor]:
+        return [V for V in self._V if V is not None]
+
+    def precondition(self, gradients: list[Tensor], damping: list[Tensor]) -> list[Tensor]:
+        assert self._batch is not None
+        B, N = self._batch.predictions, self._batch.normaliser
+        # RING's lam is rho ||g||^2 with the gradient of the mean loss; the filter weighs summed information.
+        scale = B * (N / B).square() / (self.gamma or 1.0)
+        q, qg, V, qV = [], [], [], []
+        for p, G, lam, columns in zip(self._prior, gradients, damping, self._flat_V(), strict=True):
+            q.append((p / (1 + scale * lam * p)).flatten())
+            qg.append(q[-1] * (N * G).flatten())
+            V.append(columns.flatten(1))
+            qV.append(V[-1] * q[-1])
+        directions, _ = woodbury_direction(qg, V, qV)
+        self._V = [None] * len(self.groups)
+        return [D.view_as(G) for D, G in zip(directions, gradients, strict=True)]
+
+    def largest_curvature(self) -> Tensor:
+        """gamma / (B p0): the lam at which the gain's prior is halved."""
+        assert self._batch is not None
+        return (self.gamma or 1.0) / (self._batch.predictions * self.p0)
+
+    def discard(self) -> None:
+        self._V = [None] * len(self.groups)
+        self._batch = None

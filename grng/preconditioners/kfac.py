@@ -1,0 +1,171 @@
+"""K-FAC: D = -(Lambda (x) Gamma + lam I)^{-1} g per layer."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from grng.curvature import Batch, Layer, Statistics
+from grng.errors import unknown
+from grng.kernels import (
+    damped_inverse,
+    eigh,
+    factored_precondition,
+    kron_product,
+    kron_spectrum,
+    newton_inverse,
+    pi_split,
+    rotate,
+    rotate_back,
+)
+from grng.preconditioners.base import Preconditioner, Stacked
+from grng.preconditioners.registry import register_preconditioner
+
+SOLVERS = ("eigen", "factored", "newton")
+
+
+@register_preconditioner("kfac")
+class KFAC(Preconditioner):
+    """Kronecker-factored Fisher (Martens & Grosse 2015; convolutions: Grosse & Martens 2016).
+
+        Lambda = EMA of the mean of x x^T over rows,    Gamma = EMA of (1/N) sum over rows of e e^T
+
+    Args:
+        solver: how the damped block is inverted.
+            `"eigen"`: exactly, in the factors' eigenbasis, D = -U_g [U_g^T G U_l / (gamma_i l_j + lam)] U_l^T; the
+            damping may change at every step at no cost.
+            `"factored"`: (Gamma + sqrt(lam)/pi I)^{-1} G (Lambda + pi sqrt(lam) I)^{-1} by Cholesky; cheaper, and it
+            over-damps.
+            `"newton"`: the same inverses by Newton's iteration, warm-started; products only. Both factored forms take
+            the damping of the last refresh.
+    """
+
+    def __init__(self, solver: Literal["eigen", "factored", "newton"] = "eigen") -> None:
+        if solver not in SOLVERS:
+            raise unknown("solver", solver, SOLVERS)
+        self.solver = solver
+
+    def allocate(self) -> None:
+        self.Lambda = self.moment("Lambda", lambda g: (g.n_in,) if g.indexed else (g.n_in, g.n_in))
+        self.Gamma = self.moment("Gamma", lambda g: (g.n_out, g.n_out))
+        if self.solver == "eigen":
+            # An embedding's input factor is diagonal: its eigenvalues are its entries, its basis the identity.
+            self.l = self.buffer("l", lambda g: (g.n_in,))
+            self.U_l = self.buffer("U_l", lambda g: (0, g.n_in) if g.indexed else (g.n_in, g.n_in))
+            self.gamma = self.buffer("gamma", lambda g: (g.n_out,))
+            self.U_g = self.buffer("U_g", lambda g: (g.n_out, g.n_out))
+            for basis in (self.U_l, self.U_g):
+                for stack in basis.stacks:
+                    stack.copy_(torch.eye(*stack.shape[1:]))
+        else:
+            self.X_l = self.buffer("X_l", lambda g: (g.n_in,) if g.indexed else (g.n_in, g.n_in))
+            self.X_g = self.buffer("X_g", lambda g: (g.n_out, g.n_out))
+        self.failures = torch.zeros(())
+        self._stale = False
+        self._curvature: list[Tensor] = []
+
+    def observe(self, layer: Layer, statistics: Statistics) -> None:
+        self.Lambda.add(layer, statistics.input_sum(), statistics.rows)
+        self.Gamma.add(layer, statistics.output_sum())
+
+    def refresh(self, batch: Batch, decompose: bool) -> None:
+        self.Lambda.update(batch, by_rows=True)
+        self.Gamma.update(batch)
+        if decompose:
+            if self.solver == "eigen":
+                self._eigen(self.Lambda, self.l, self.U_l)
+                self._eigen(self.Gamma, self.gamma, self.U_g)
+            else:
+                self._stale = True  # the inverses need the damping: `precondition` brings it
+
+    def _eigen(self, factor: Stacked, values: Stacked, basis: Stacked) -> None:
+        for stack, w, U in zip(factor.stacks, values.stacks, basis.stacks, strict=True):
+            if stack.ndim == 2:
+                w.copy_(stack)
+                continue
+            new_w, new_U, failed = eigh(stack)
+            keep = failed.view(-1, 1, 1)  # where every attempt failed, the previous basis stays
+            w.copy_(torch.where(keep.squeeze(2), w, new_w))
+            U.copy_(torch.where(keep, U, new_U))
+            self.failures = self.failures + failed.sum().cpu()
+
+    def spectrum(self) -> list[Tensor]:
+        """Eigenvalues of F per group, (k, n_out, n_in)."""
+        return [kron_spectrum(gamma, l) for gamma, l in zip(self.gamma.values, self.l.values, strict=True)]
+
+    def bases(self) -> list[tuple[Tensor, Tensor | None]]:
+        """U_g and U_l per group; None is the identity."""
+        pairs = zip(self.U_g.values, self.U_l.values, self.groups, strict=True)
+        return [(U_g, None if group.indexed else U_l) for U_g, U_l, group in pairs]
+
+    def precondition(self, gradients: list[Tensor], damping: list[Tensor]) -> list[Tensor]:
+        if self.solver != "eigen":
+            return self._factored(gradients, damping)
+        directions, self._curvature = [], []
+        for G, s, lam, (U_g, U_l) in zip(gradients, self.spectrum(), damping, self.bases(), strict=True):
+            coordinates = rotate(G, U_g, U_l) / -(s + lam)
+            self._curvature.append((s * coordinates.square()).sum((1, 2)))
+            directions.append(rotate_back(coordinates, U_g, U_l))
+        return directions
+
+    def _factored(self, gradients: list[Tensor], damping: list[Tensor]) -> list[Tensor]:
+        if self._stale:
+            self._invert(damping)
+            self._stale = False
+        factors = zip(gradients, self.X_g.values, self.X_l.values, strict=True)
+        directions = [-factored_precondition(G, X_g, X_l) for G, X_g, X_l in factors]
+        products = zip(directions, self.curvature_product(directions), strict=True)
+        self._curvature = [(D * FD).sum((1, 2)) for D, FD in products]
+        return directions
+
+    def _invert(self, damping: list[Tensor]) -> None:
+        shift_in, shift_out = [], []
+        for Lambda, Gamma, lam in zip(self.Lambda.values, self.Gamma.values, damping, strict=True):
+            pi, root = pi_split(Lambda, Gamma), lam.view(-1).sqrt()
+            shift_in.append(pi * root)
+            shift_out.append(root / pi)
+        for factor, inverse, shifts in ((self.Lambda, self.X_l, shift_in), (self.Gamma, self.X_g, shift_out)):
+            for stack, X, shift in zip(factor.stacks, inverse.stacks, factor.spread(shifts), strict=True):
+                if stack.ndim == 2:
+                    X.copy_(torch.where(stack.sum(1, keepdim=True) > 0, 1 / (stack + shift.unsqueeze(1)), X))
+                else:
+                    X.copy_(self._inverse(stack, X, shift))
+
+    def _inverse(self, stack: Tensor, previous: Tensor, shift: Tensor) -> Tensor:
+        if self.solver == "newton":
+            damped = stack + shift.view(-1, 1, 1) * torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
+            X, _, residual = newton_inverse(damped, previous)
+            open_ = ~(residual < 1e-2)  # ill-conditioned beyond 25 rounds: Cholesky takes over
+            if not bool(open_.any()):
+                return X
+            X[open_] = damped_inverse(stack[open_], shift[open_])[0]
+            return X
+        X, failed = damped_inverse(stack, shift)
+        self.failures = self.failures + failed.sum().cpu()
+        return torch.where(failed.view(-1, 1, 1), previous, X)
+
+    def curvature_product(self, gradients: list[Tensor]) -> list[Tensor]:
+        factors = zip(gradients, self.Gamma.values, self.Lambda.values, strict=True)
+        return [kron_product(G, Gamma, Lambda) for G, Gamma, Lambda in factors]
+
+    def measured(self) -> list[Tensor]:
+        # By what the last decomposition saw: a factor may have been measured only since.
+        seen = self.l.values if self.solver == "eigen" else [X.flatten(1) for X in self.X_l.values]
+        return [(values.sum(1) != 0).view(-1, 1, 1) for values in seen]
+
+    def largest_curvature(self) -> Tensor:
+        """The largest eigenvalue of F over all groups; under the factored forms the product of the largest traces."""
+        if self.solver == "eigen":
+            return torch.stack([s.amax() for s in self.spectrum()]).amax()
+        return torch.stack(
+            [
+                (
+                    Gamma.diagonal(dim1=1, dim2=2).sum(1)
+                    * (L.amax(1) if L.ndim == 2 else L.diagonal(dim1=1, dim2=2).sum(1))
+                ).amax()
+                for Gamma, L in zip(self.Gamma.values, self.Lambda.values, strict=True)
+            ]
+        ).amax()
+
+    def quadratic(self, gradients: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
+        return self._curvature

@@ -1,0 +1,55 @@
+"""The variants: each one sentence made of parts."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from grng.errors import unknown
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A preconditioner, how the gradient norm enters, and defaults that train untuned.
+
+    Attributes:
+        preconditioner: name in the registry.
+        regularization: `"damping"`, lam = rho ||g||^2 + lam0 (implicit); `"penalty"`, the gradient of
+            L + rho/2 ||g||^2 (explicit); None.
+        lr, momentum: defaults.
+        strength: of rho="auto", in units of the largest curvature of the first batch; 0: rho is 0.
+        floor: of lam0, in the same units.
+        kl_clip: default trust region.
+        settings: of the preconditioner.
+    """
+
+    preconditioner: str
+    regularization: Literal["damping", "penalty"] | None
+    lr: float
+    momentum: float
+    strength: float = 0.0
+    floor: float = 0.0
+    kl_clip: float | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rho(self) -> float | str:
+        return "auto" if self.strength else 0.0
+
+
+VARIANTS: dict[str, Variant] = {
+    "ring": Variant("kfac", "damping", lr=0.1, momentum=0.9, strength=0.3, floor=0.03, kl_clip=1e-2),
+    "reng": Variant("kfac", "penalty", lr=0.1, momentum=0.9, strength=0.1, floor=0.3, kl_clip=1e-2),
+    "kalman": Variant("kalman", "damping", lr=1.0, momentum=0.0, strength=1.0),
+    "kfac": Variant("kfac", None, lr=0.1, momentum=0.9, floor=0.3, kl_clip=1e-2),
+    "ekfac": Variant("ekfac", None, lr=0.1, momentum=0.9, floor=0.3, kl_clip=1e-2),
+}
+
+
+def find_variant(name: str) -> Variant:
+    """The variant of that name.
+
+    >>> find_variant("ring").preconditioner
+    'kfac'
+    """
+    if name not in VARIANTS:
+        raise unknown("variant", name, VARIANTS)
+    return VARIANTS[name]

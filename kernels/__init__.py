@@ -1,0 +1,43 @@
+"""Pure functions on stacked tensors; none of them knows a module, a parameter or an optimizer.
+
+Shapes: `k` matrices of one shape are stacked along the first axis. Inputs are `x: (k, B, T, n_in)` and output
+gradients `e: (k, B, T, n_out)` for B samples with T shared positions each; factors are `(k, n, n)`; gradients and
+directions are `(k, n_out, n_in)`.
+"""
+
+from grng.kernels.average import ema_
+from grng.kernels.einsum import contract
+from grng.kernels.gram import gram, group_gradients, squared_gradients
+from grng.kernels.precondition import (
+    factored_precondition,
+    kron_product,
+    kron_spectrum,
+    pi_split,
+    rotate,
+    rotate_back,
+    rotated_diagonal,
+)
+from grng.kernels.solve import damped_inverse, eigh, newton_inverse
+from grng.kernels.woodbury import propagate_fd, propagate_vd, woodbury_direction, woodbury_matrix
+
+__all__ = [
+    "contract",
+    "damped_inverse",
+    "eigh",
+    "ema_",
+    "factored_precondition",
+    "gram",
+    "group_gradients",
+    "kron_product",
+    "kron_spectrum",
+    "newton_inverse",
+    "pi_split",
+    "propagate_fd",
+    "propagate_vd",
+    "rotate",
+    "rotate_back",
+    "rotated_diagonal",
+    "squared_gradients",
+    "woodbury_direction",
+    "woodbury_matrix",
+]

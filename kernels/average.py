@@ -1,0 +1,35 @@
+"""Running averages of stacked quantities."""
+
+import torch
+from torch import Tensor
+
+
+def ema_(average: Tensor, count: Tensor, new: Tensor, decay: float, observed: Tensor) -> None:
+    """Bias-corrected exponential moving average, in place, member by member of a stack.
+
+        count <- count + 1,   average <- average + a (new - average),   a = (1 - b) / (1 - b^count)
+
+    so that after the first observation the average *is* that observation, and b = 1 gives the plain mean. Members
+    that were not observed, or whose new value is not finite, keep their average and their count.
+
+    Args:
+        average: (k, ...) updated in place.
+        count: (k,) observations so far, updated in place.
+        new: (k, ...) the new observation.
+        decay: b in [0, 1].
+        observed: (k,) bool, which members were observed.
+
+    >>> average, count = torch.zeros(2, 1), torch.zeros(2)
+    >>> ema_(average, count, torch.tensor([[4.0], [4.0]]), 0.5, torch.tensor([True, False]))
+    >>> ema_(average, count, torch.tensor([[1.0], [float("nan")]]), 0.5, torch.tensor([True, True]))
+    >>> average.flatten().tolist(), count.tolist()
+    ([2.0, 0.0], [2.0, 0.0])
+    """
+    finite = torch.isfinite(new.flatten(1).sum(1))
+    use = observed & finite
+    count += use
+    shown = count.clamp(min=1)
+    weight = 1 / shown if decay == 1 else (1 - decay) / (1 - decay**shown)
+    shape = (-1,) + (1,) * (new.ndim - 1)
+    weight = torch.where(use, weight, 0).to(average.dtype).view(shape)
+    average.lerp_(torch.where(use.view(shape), new, average), weight)

@@ -1,0 +1,77 @@
+"""What is measured of a layer: second moments and gradients made of its inputs x and output gradients e."""
+
+from grng.kernels.einsum import contract
+from torch import Tensor
+from torch.nn.functional import pad
+
+# Per-sample gradients are formed at most this many elements at a time.
+CHUNK_ELEMENTS = 2**24
+
+
+def gram(rows: Tensor) -> Tensor:
+    """Sum of outer products over rows: `(k, B, T, n) -> (k, n, n)`, sum_bt r_bt r_bt^T.
+
+    >>> gram(torch.tensor([[[[1.0, 2.0]], [[0.0, 1.0]]]])).tolist()
+    [[[1.0, 2.0], [2.0, 5.0]]]
+    """
+    flat = rows.flatten(1, 2)
+    return flat.mT @ flat
+
+
+def squared_gradients(x: Tensor, e: Tensor) -> Tensor:
+    """Sum over samples of the squared per-sample gradient, elementwise.
+
+        S_ij = sum_b (sum_t e_bti x_btj)^2
+
+    Args:
+        x: (k, B, T, n_in).
+        e: (k, B, T, n_out).
+
+    Returns:
+        (k, n_out, n_in).
+
+    >>> x, e = torch.tensor([[[[1.0]], [[2.0]]]]), torch.tensor([[[[3.0]], [[1.0]]]])
+    >>> squared_gradients(x, e).item()
+    13.0
+    """
+    k, samples, positions, n_in = x.shape
+    n_out = e.shape[-1]
+    if positions == 1:  # (e x)^2 = e^2 x^2: one product, no per-sample gradient
+        return e.squeeze(2).square().mT @ x.squeeze(2).square()
+    total = x.new_zeros(k, n_out, n_in)
+    step = max(1, CHUNK_ELEMENTS // max(1, k * n_in * n_out))
+    for start in range(0, samples, step):
+        part = e[:, start : start + step].mT @ x[:, start : start + step]
+        total += part.square_().sum(1)
+    return total
+
+
+def group_gradients(x: Tensor, e: Tensor, groups: int, offset: int = 0) -> Tensor:
+    """Sums of per-sample gradients over `groups` parts of the batch; sample b belongs to part (offset + b) mod groups.
+
+        V_g = sum_{b in g} sum_t e_bt x_bt^T
+
+    With labels drawn from the model the parts are independent and of mean zero, so that sum_g V_g V_g^T is an
+    unbiased estimate of the summed Fisher, at the price of one weight gradient. `offset` continues the partition
+    over micro-batches.
+
+    Args:
+        x: (k, B, T, n_in).
+        e: (k, B, T, n_out).
+        groups: number of parts m.
+        offset: samples seen before.
+
+    Returns:
+        (m, k, n_out, n_in).
+
+    >>> x, e = torch.ones(1, 3, 1, 1), torch.tensor([[[[1.0]], [[2.0]], [[4.0]]]])
+    >>> group_gradients(x, e, 2).flatten().tolist()
+    [5.0, 2.0]
+    """
+    k, samples, positions, n_in = x.shape
+    n_out = e.shape[-1]
+    before = offset % groups
+    after = -(before + samples) % groups
+    x = pad(x, (0, 0, 0, 0, before, after)).view(k, -1, groups, positions, n_in)
+    e = pad(e, (0, 0, 0, 0, before, after)).view(k, -1, groups, positions, n_out)
+    return contract("kbmto,kbmti->mkoi", e, x)
