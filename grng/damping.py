@@ -53,7 +53,8 @@ class Damping:
             return
         largest = preconditioner.largest_curvature().to(self.rho.dtype).clamp(min=ABSOLUTE_FLOOR)
         if self.auto_floor:
-            floor = (self.variant.floor * largest).clamp(min=ABSOLUTE_FLOOR)
+            # The filter needs none: its prior is the floor.
+            floor = (self.variant.floor * largest).clamp(min=ABSOLUTE_FLOOR if self.variant.floor else 0.0)
             self.floor = torch.where(torch.isnan(self.floor) & ok, floor, self.floor)
         if self.auto_rho and penalty:
             self.rho = torch.where(ok, self.variant.strength / largest, self.rho)
@@ -70,6 +71,16 @@ class Damping:
             self.rho = state["grng_rho"].clone()
         if self.auto_floor:
             self.floor = state["grng_floor"].clone()
+
+
+def squared_norm(tensors: list[Tensor]) -> Tensor:
+    """||g||^2 over all tensors, in at least float32.
+
+    >>> squared_norm([torch.ones(2), torch.tensor([2.0])]).item()
+    6.0
+    """
+    norms = torch.stack(torch._foreach_norm(tensors))
+    return norms.to(torch.promote_types(norms.dtype, torch.float32)).square().sum()
 
 
 def kl_scale(limit: float, quadratic: Tensor) -> Tensor:

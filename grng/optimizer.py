@@ -1,31 +1,28 @@
 """GRNG: regularise -> capture -> precondition -> trust region -> update."""
 
 import math
-import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from grng.curvature import Capture, Coverage, Curvature, Layer, Statistics
-from grng.curvature.plan import check_model, coverage_of, find_layers, named_groups
-from grng.damping import Damping, kl_scale
+from grng.attached import AttachedOptimizer, check_hyperparameters
+from grng.curvature import Curvature, Layer
+from grng.damping import Damping, kl_scale, squared_norm
 from grng.errors import invalid, unknown
 from grng.fallback import adamw_directions
-from grng.preconditioners import Preconditioner, make_groups, make_preconditioner
+from grng.preconditioners import Preconditioner, make_preconditioner
 from grng.regularizers import double_backward_gradients, finite_difference_gradients
 from grng.variants import find_variant
 
 MODES = ("double", "finite", "ggn")
 NORMS = ("global", "layer")
-STATUS = ("pending", "verified", "failed")
 Gradients = dict[nn.Parameter, Tensor]
 
 
-class GRNG(Optimizer):
+class GRNG(AttachedOptimizer):
     r"""Gradient-regularized natural gradients, as an ordinary torch optimizer.
 
     .. math::
@@ -116,39 +113,13 @@ class GRNG(Optimizer):
             raise invalid("curvature", curvature, "a grng.Curvature or None")
         if curvature.kl_clip == "auto":
             curvature = replace(curvature, kl_clip=parts.kl_clip)
-        check_model(model)
-
         self.variant = variant
         self._mode = (mode or "double") if parts.regularization == "penalty" else None
-        self._norm, self._curvature = norm, curvature
+        self._norm = norm
         which, settings = (parts.preconditioner, parts.settings) if preconditioner is None else (preconditioner, {})
-        self._preconditioner = make_preconditioner(which, **settings)
-        self._names = {p: name for name, p in model.named_parameters()}
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "fallback_lr": fallback_lr}
-        super().__init__(named_groups(model, params, self._names), defaults)
-        for group in self.param_groups:
-            check_hyperparameters(**{name: group[name] for name in defaults})
-            group["base_lr"] = float(group["lr"])
-        trainable = {p for group in self.param_groups for p in group["params"]}
-        devices = {p.device for p in trainable}
-        if len(devices) > 1:
-            raise invalid("model", sorted(map(str, devices)), "on one device", "Move it with model.to(device).")
-        self._device = devices.pop()
+        self._attach(model, params, defaults, curvature, make_preconditioner(which, **settings), self.requires_closure)
         self._damping = Damping(parts, rho, curvature.damping, self._device)
-
-        self._layers, self._uncovered = find_layers(model, trainable)
-        self._groups = make_groups(self._layers, curvature)
-        self._preconditioner.setup(self._groups, curvature)
-        self._capture = Capture(model, self._layers, curvature, self._observe, twice=self._mode == "double")
-        self._finalizer = weakref.finalize(self, self._capture.close)
-        self._model = weakref.ref(model)
-        self._steps = 0
-        self._fresh: set[Layer] = set()  # observed since the last step
-        self._current: set[Layer] = set()  # observed for this step
-        self._observed: set[Layer] = set()  # ever observed
-        names = ("grad_norm", "lam", "kl_scale", "refreshes", "skipped", "uncaptured", "misfit")
-        self._scalars = {name: torch.zeros((), device=self._device) for name in names}
-        self._link_state()
 
     # The step.
 
@@ -157,7 +128,7 @@ class GRNG(Optimizer):
         """Whether `step` needs a closure, because the regularised gradient takes a second pass."""
         return self._mode in ("double", "finite")
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update.
 
         Args:
@@ -173,8 +144,8 @@ class GRNG(Optimizer):
         if closure is None:
             if self.requires_closure:
                 raise RuntimeError(
-                    f"variant 'reng' in mode {self._mode!r} takes a second pass: call step(closure) with a closure that "
-                    "calls zero_grad(), the forward pass and backward() and returns the loss; or choose mode='ggn'"
+                    f"variant 'reng' in mode {self._mode!r} takes a second pass: call step(closure) with a closure "
+                    "that calls zero_grad(), the forward pass and backward() and returns the loss; or choose mode='ggn'"
                 )
             loss, gradients = None, self._plain_gradients()
         else:
@@ -207,7 +178,7 @@ class GRNG(Optimizer):
         if not gradients:
             raise RuntimeError("step() found no gradient: call loss.backward() first, on a loss made by this model")
         self._capture.verify()
-        square_norm = torch.stack(torch._foreach_norm(list(gradients.values()))).float().square().sum()
+        square_norm = squared_norm(list(gradients.values()))
         ok = torch.isfinite(square_norm)
         self._refresh(ok, square_norm)
         directions, scale = self._precondition(gradients, square_norm, ok)
@@ -215,10 +186,7 @@ class GRNG(Optimizer):
         self._scalars["grad_norm"], self._scalars["kl_scale"] = square_norm.sqrt(), scale
         self._scalars["skipped"] = self._scalars["skipped"] + ~ok
         self._steps += 1
-        self._capture.finish_step(self._due(self._curvature.stats_every) or not self._observed)
-
-    def _due(self, every: int) -> bool:
-        return self._preconditioner.every_step or self._steps < self._curvature.burn_in or self._steps % every == 0
+        self._capture.finish_step(self._due())
 
     def _decompose(self) -> bool:
         """Whether decompositions are due: early on at steps 0, 1, 2, 4, 8, ..., when the averages change most."""
@@ -227,10 +195,6 @@ class GRNG(Optimizer):
         return (t & (t - 1) == 0) if t < self._curvature.burn_in else t % every == 0
 
     # Curvature.
-
-    def _observe(self, layer: Layer, statistics: Statistics) -> None:
-        self._preconditioner.observe(layer, statistics)
-        self._fresh.add(layer)
 
     def _refresh(self, ok: Tensor, square_norm: Tensor) -> None:
         """Fold this step's statistics in; on the device, those of a gradient that is not finite are left out."""
@@ -269,7 +233,7 @@ class GRNG(Optimizer):
             p: D for layer in taking for p, D in layer.views(found[layer.group][layer.slots]) if p in gradients
         }
         limit = self._curvature.kl_clip
-        if not isinstance(limit, float):
+        if limit is None or isinstance(limit, str):
             return directions, one
         quadratic = self._preconditioner.quadratic(stacks, found)
         return directions, kl_scale(limit, self._squared_length(taking, quadratic)).to(one.dtype)
@@ -339,123 +303,8 @@ class GRNG(Optimizer):
         torch._foreach_add_(buffers, directions)
         return buffers
 
-    # What the user looks at.
-
-    def coverage(self) -> Coverage:
-        """How every trained parameter is treated: method, engine, whether the capture was verified, and why."""
-        trained = [p for group in self.param_groups for p in group["params"]]
-        method = self._preconditioner.name
-        return coverage_of(self._names, trained, self._layers, self._uncovered, self._capture, method, "adamw")
-
-    @property
-    def diagnostics(self) -> dict[str, Tensor]:
-        """Scalars of the last step, on the device.
-
-        grad_norm, lam (of the first group), rho, kl_scale (nu), misfit (of the likelihood); and counts: refreshes,
-        skipped (steps with a gradient that is not finite), uncaptured (statistics steps that saw no output), failures
-        (decompositions that kept the previous result).
-        """
-        failures = getattr(self._preconditioner, "failures", torch.zeros(()))
-        return {**self._scalars, "rho": self._damping.strength(), "failures": failures}
-
-    # State and life cycle.
-
-    def _link_state(self) -> None:
-        """Put the preconditioner's quantities under their parameters, as views."""
-        for layer in self._layers:
-            self.state[layer.owner].update(self._preconditioner.state(layer))
-
-    @property
-    def _first(self) -> nn.Parameter:
-        return self.param_groups[0]["params"][0]
-
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's; every tensor stands under a parameter, factors in their own precision.
-
-        Take it between `step()` and the next `backward()`: what a backward pass has measured so far is not in it.
-        """
-        for layer in self._layers:
-            flags = (STATUS.index(layer.status), layer in self._observed)
-            self.state[layer.owner]["layer_status"] = torch.tensor(flags)
-        shared = {"grng_steps": torch.tensor(self._steps), **self._damping.state()}
-        shared["grng_skipped"] = self._scalars["skipped"]
-        self.state[self._first].update(shared, **self._capture.state(self._device))
-        return super().state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a checkpoint, to the bit.
-
-        Raises:
-            ValueError: it was written by another variant or for another model; nothing is changed then.
-        """
-        self._check_state(state_dict)
-        super().load_state_dict(state_dict)
-        for layer in self._layers:
-            state = self.state[layer.owner]
-            self._preconditioner.load_state(layer, state)
-            status, observed = (int(v) for v in state["layer_status"])
-            layer.status = STATUS[status]
-            if observed:
-                self._observed.add(layer)
-        shared = self.state[self._first]
-        self._steps = int(shared["grng_steps"])
-        self._damping.load_state(shared)
-        self._scalars["skipped"] = shared["grng_skipped"].clone()
-        self._capture.load_state(shared, self._device)
-        self._link_state()
-        self._capture.finish_step(self._due(self._curvature.stats_every) or not self._observed)
-
-    def _check_state(self, state_dict: dict[str, Any]) -> None:
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        saved = {p: state_dict["state"].get(i, {}) for i, p in zip(ids, params, strict=False)}
-        for layer in self._layers:
-            mine, theirs = self._preconditioner.state(layer), saved.get(layer.owner, {})
-            wrong = [n for n, t in mine.items() if n not in theirs or theirs[n].shape != t.shape]
-            if wrong or "layer_status" not in theirs:
-                raise ValueError(
-                    f"the checkpoint does not fit {layer.name or 'the model'} under variant {self.variant!r} "
-                    f"({self._preconditioner.name}): it lacks {', '.join(wrong) or 'layer_status'} in the right shape. "
-                    "Build GRNG with the variant, preconditioner and model that the checkpoint was written with"
-                )
-        if "grng_steps" not in saved.get(params[0], {}):
-            raise ValueError("the checkpoint is not GRNG's: it holds no 'grng_steps' under the first parameter")
-
-    @staticmethod
-    def _process_value_according_to_param_policy(
-        param: Tensor, value: Tensor, param_id: int, param_groups: list[dict[Any, Any]], key: Any = None
-    ) -> Tensor:
-        # torch would cast every floating tensor to the parameter's dtype, which ruins the factors of a bf16 layer.
-        return value if key in ("fisher_rng", "likelihood", "layer_status", "grng_steps") else value.to(param.device)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError(
-            "a GRNG optimizer is attached to its model and cannot be copied or pickled: save state_dict(), build "
-            "GRNG(model, ...) anew and load it"
-        )
-
-    def close(self) -> None:
-        """Remove every hook from the model; the optimizer cannot be used afterwards."""
-        self._finalizer()
-
-    def __enter__(self) -> "GRNG":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-
-def check_hyperparameters(**values: Any) -> None:
-    """Numbers of a param group: finite and not negative, momentum below 1."""
-    for name, value in values.items():
-        if name == "momentum":
-            if isinstance(value, str) or not 0 <= value < 1:
-                raise invalid(name, value, "in [0, 1)")
-        elif isinstance(value, str) or not (math.isfinite(value) and value >= 0):
-            raise invalid(name, value, "a finite number >= 0")
-
 
 def _add_(params: list[nn.Parameter], steps: list[Tensor], rate: Tensor) -> None:
     """p <- p + rate * step, in the parameters' own precision; `rate` is a scalar on the device."""
     scaled = torch._foreach_mul(steps, rate.to(steps[0].dtype))
-    torch._foreach_add_(params, [s.to(p.dtype) for p, s in zip(params, scaled, strict=True)])
+    torch._foreach_add_(list[Tensor](params), [s.to(p.dtype) for p, s in zip(params, scaled, strict=True)])

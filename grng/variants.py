@@ -31,7 +31,7 @@ class Variant:
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def rho(self) -> float | str:
+    def rho(self) -> float | Literal["auto"]:
         return "auto" if self.strength else 0.0
 
 

@@ -11,6 +11,7 @@ CHUNK_ELEMENTS = 2**24
 def gram(rows: Tensor) -> Tensor:
     """Sum of outer products over rows: `(k, B, T, n) -> (k, n, n)`, sum_bt r_bt r_bt^T.
 
+    >>> import torch
     >>> gram(torch.tensor([[[[1.0, 2.0]], [[0.0, 1.0]]]])).tolist()
     [[[1.0, 2.0], [2.0, 5.0]]]
     """
@@ -30,6 +31,7 @@ def squared_gradients(x: Tensor, e: Tensor) -> Tensor:
     Returns:
         (k, n_out, n_in).
 
+    >>> import torch
     >>> x, e = torch.tensor([[[[1.0]], [[2.0]]]]), torch.tensor([[[[3.0]], [[1.0]]]])
     >>> squared_gradients(x, e).item()
     13.0
@@ -64,6 +66,7 @@ def group_gradients(x: Tensor, e: Tensor, groups: int, offset: int = 0) -> Tenso
     Returns:
         (m, k, n_out, n_in).
 
+    >>> import torch
     >>> x, e = torch.ones(1, 3, 1, 1), torch.tensor([[[[1.0]], [[2.0]], [[4.0]]]])
     >>> group_gradients(x, e, 2).flatten().tolist()
     [5.0, 2.0]

@@ -1,7 +1,7 @@
 """Decompositions and inverses of stacks of symmetric positive semi-definite matrices.
 
-Batched LU is never used: it is broken in some CPU builds of torch. Each function climbs a ladder where a matrix resists,
-and reports how many did: more damping, then float64, then a result that the caller replaces by the previous one.
+Batched LU is never used: it is broken in some CPU builds of torch. Where a matrix resists, each function climbs a
+ladder and reports it: more damping, then float64, then a result that the caller replaces by the previous one.
 """
 
 import torch

@@ -39,6 +39,8 @@ def obstacle(model: nn.Module, layers: list[Layer]) -> str | None:
         import backpack  # noqa: F401
     except ImportError:
         return "it is not installed"
+    if type(model) in _LAYERS:
+        return "the model is itself a layer, whose hooks would come too late"
     seen: set[int] = set()
     for name, module in model.named_modules(remove_duplicate=False):
         kind = type(module)
@@ -134,7 +136,7 @@ class BackpackEngine(HooksEngine):
         """Called inside the user's backward pass: deliver its pairs too, until that pass ends."""
         self._switch.close()
         self._switch.enter_context(self._active())
-        torch.autograd.Variable._execution_engine.queue_callback(self._switch.close)  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(self._switch.close)
 
     def release(self) -> None:
         self._switch.close()

@@ -1,9 +1,9 @@
 """Capture: from the user's own `loss.backward()` to the rows of every layer, with one forward pass.
 
 A hook on the model's output sees dL/df before the backward pass reaches any layer. There the likelihood and the
-normaliser are read, labels are drawn, and a nested backward pass delivers the sampled gradients of all layers. The first
-time a layer is seen, the pair of the user's own backward pass must reproduce its parameters' gradients, sum over uses of
-e x^T == the change of p.grad; a layer that does not falls to the first-order fallback, visibly.
+normaliser are read, labels are drawn, and a nested backward pass delivers the sampled gradients of all layers. The
+first time a layer is seen, the pair of the user's own backward pass must reproduce its parameters' gradients: sum over
+uses of e x^T == the change of p.grad. A layer where it does not falls to the first-order fallback, visibly.
 """
 
 import math
@@ -27,8 +27,8 @@ from grng.errors import GRNGWarning, invalid
 
 @dataclass
 class Context:
-    """What the layers of one forward pass share: the batch size, and once the output gradient has arrived N and how many
-    samples came before it in the same step."""
+    """What the layers of one forward pass share: the batch size, and once the output gradient has arrived N and how
+    many samples came before it in the same step."""
 
     normaliser: Tensor | None = None
     batch: int | None = None
@@ -70,7 +70,7 @@ class Capture:
         layers: the layers to capture.
         config: the settings.
         sink: called for every use of every layer, inside the backward pass.
-        twice: whether the backward pass will itself be differentiated.
+        twice: whether a step takes a second pass.
     """
 
     def __init__(
@@ -111,7 +111,9 @@ class Capture:
     # The forward pass.
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        if not self.collecting or self._busy or not torch.is_grad_enabled():
+        # Under torch.func the tensors are wrapped, and gradients are not those of a training step.
+        transformed = torch._C._functorch.maybe_current_level() is not None
+        if not self.collecting or self._busy or transformed or not torch.is_grad_enabled():
             self.current = None
             return
         self.current = Pass()
@@ -305,7 +307,7 @@ class Capture:
     # The self-check.
 
     def _note_gradient(self, p: nn.Parameter) -> None:
-        if p in self._before and not self._busy and p.grad is not None:
+        if p in self._before and self.collecting and not self._busy and p.grad is not None:
             self.note_gradient(p, p.grad)
 
     def note_gradient(self, p: nn.Parameter, gradient: Tensor) -> None:

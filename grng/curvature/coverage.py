@@ -31,7 +31,7 @@ class Coverage(Sequence[Row]):
     def __init__(self, rows: Sequence[Row], notes: Sequence[str] = ()) -> None:
         self.rows, self.notes = list(rows), list(notes)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+    def __getitem__(self, index):
         return self.rows[index]
 
     def __len__(self) -> int:

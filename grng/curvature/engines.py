@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from grng.curvature.layers import Layer
+from grng.errors import invalid
 
 if TYPE_CHECKING:
     from grng.curvature.capture import Capture, Pass
@@ -123,8 +124,10 @@ def make_engine(name: str, capture: "Capture", model: nn.Module, twice: bool) ->
     from grng.curvature import backpack
 
     if name == "backpack":
+        if twice:
+            raise invalid("capture", name, '"hooks" or "auto" where step() takes a second pass')
         return backpack.BackpackEngine(capture), "asked for"
-    obstacle = "the backward pass is differentiated" if twice else backpack.obstacle(model, capture.layers)
+    obstacle = "step() takes a second pass" if twice else backpack.obstacle(model, capture.layers)
     if obstacle is None:
         return backpack.BackpackEngine(capture), "every module is one that BackPACK carries"
     return HooksEngine(capture), f"not BackPACK: {obstacle}"

@@ -163,8 +163,8 @@ class Preconditioner(ABC):
         self.saved: dict[str, Stacked] = {}
         self.allocate()
 
-    def allocate(self) -> None:
-        """Make the quantities that live across steps."""
+    def allocate(self) -> None:  # noqa: B027
+        """Make the quantities that live across steps; a method without any has nothing to do here."""
 
     @abstractmethod
     def observe(self, layer: Layer, statistics: Statistics) -> None:

@@ -1,15 +1,16 @@
 """Regularized Kalman: the parameters are the state of an extended Kalman filter; no d x d matrix is inverted."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from grng.curvature import Batch, Layer, Statistics
+from grng.curvature import Batch, Curvature, Layer, Statistics
 from grng.errors import invalid, unknown
 from grng.kernels import propagate_fd, propagate_vd, woodbury_direction
-from grng.preconditioners.base import Preconditioner
+from grng.preconditioners.base import Group, Preconditioner
 from grng.preconditioners.registry import register_preconditioner
 
 PROJECTIONS = ("vd", "fd")
@@ -26,7 +27,8 @@ class Kalman(Preconditioner):
         p      = vd or fd propagation of p_pred through V          never through q
 
     V has m columns with E[V V^T] = sum_i F_i: sums of gradients with labels drawn from the model over m parts of the
-    batch. lam_K = B lam / gamma, lam being RING's rho ||g||^2, so that equal rho and lr = gamma mean the same.
+    batch (with fisher="empirical" it needs groups as many as samples: true labels' gradients are not of mean zero).
+    lam_K = B lam / gamma, lam being RING's rho ||g||^2, so that equal rho and lr = gamma mean the same.
 
     Args:
         p0: variance of every parameter at the start.
@@ -58,6 +60,11 @@ class Kalman(Preconditioner):
         if p_max is not None and p_max < p0:
             raise invalid("p_max", p_max, f"at least p0 = {p0}")
         self.p0, self.gamma, self.columns, self.projection, self.p_max = p0, gamma, groups, projection, p_max
+
+    def setup(self, groups: Sequence[Group], config: Curvature) -> None:
+        if config.fisher == "exact":
+            raise invalid("fisher", "exact", '"mc" or "empirical" for kalman', "Its V holds one gradient a sample.")
+        super().setup(groups, config)
 
     def allocate(self) -> None:
         self.p = self.buffer("p", lambda group: (group.n_out, group.n_in), self.p0)

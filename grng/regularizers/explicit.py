@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from grng.damping import squared_norm
+
 Closure = Callable[[], Any]
 
 
@@ -105,7 +107,7 @@ def finite_difference_gradients(
     plain = [p.grad.detach().clone() for p in have if p.grad is not None]
     if not have:
         return loss, {}
-    norm = torch.stack([g.float().square().sum() for g in plain]).sum().sqrt()
+    norm = squared_norm(plain).sqrt()
     step = torch.where((norm > 0) & torch.isfinite(norm), eps / norm, 0.0)
     with _moved(have, plain, step, model), paused(), torch.enable_grad():
         _set_random_state(before)

@@ -1,0 +1,16 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def float64() -> Iterator[None]:
+    """Everything is compared in float64, on one thread, each test from the same seed."""
+    before, threads = torch.get_default_dtype(), torch.get_num_threads()
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(before)
+    torch.set_num_threads(threads)
