@@ -18,7 +18,8 @@ from grng.preconditioners import Preconditioner, make_groups
 
 STATUS = ("pending", "verified", "failed")
 COUNTERS = ("grad_norm", "lam", "kl_scale", "refreshes", "skipped", "uncaptured", "misfit")
-ON_HOST = ("fisher_rng", "likelihood", "layer_status", "grng_steps")
+ON_HOST = ("fisher_rng", "likelihood", "layer_status", "grng_steps", "grng_method")
+OF_A_PARAMETER = ("momentum", "exp_avg", "exp_avg_sq")
 
 
 class AttachedOptimizer(Optimizer):
@@ -112,6 +113,7 @@ class AttachedOptimizer(Optimizer):
             flags = (STATUS.index(layer.status), layer in self._observed)
             self.state[layer.owner]["layer_status"] = torch.tensor(flags)
         shared = {"grng_steps": torch.tensor(self._steps), **self._damping.state()}
+        shared["grng_method"] = torch.tensor(list(self._method.encode()), dtype=torch.uint8)
         shared["grng_skipped"] = self._scalars["skipped"]
         self.state[self._first].update(shared, **self._capture.state(self._device))
         return super().state_dict()
@@ -122,13 +124,42 @@ class AttachedOptimizer(Optimizer):
         Raises:
             ValueError: it was written by another variant or for another model; nothing is changed then.
         """
-        self._check_state(state_dict)
-        super().load_state_dict(state_dict)
+        found: list[dict[str, Any]] = []
+
+        def look(_: Optimizer, saved: dict[str, Any]) -> None:
+            self._check_state(saved)
+            found.append(saved)
+
+        # After the user's own hooks on the way in, before them on the way out.
+        hooks = [
+            self.register_load_state_dict_pre_hook(look),
+            self.register_load_state_dict_post_hook(lambda _: self._restore(found[0]), prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _saved(self, state_dict: dict[str, Any]) -> dict[nn.Parameter, dict[str, Any]]:
+        """A checkpoint's state by parameter."""
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        return {p: state_dict["state"].get(i, {}) for i, p in zip(ids, params, strict=True)}
+
+    def _restore(self, state_dict: dict[str, Any]) -> None:
+        # torch has cast every floating tensor to its parameter's dtype, which ruins the factors of a bf16 layer.
+        for p, state in self._saved(state_dict).items():
+            for name, value in state.items():
+                self.state[p][name] = value.to("cpu" if name in ON_HOST else p.device, copy=True)
+        self._preconditioner.discard()
+        self._fresh, self._observed = set(), set()
         for layer in self._layers:
             state = self.state[layer.owner]
             self._preconditioner.load_state(layer, state)
             status, observed = (int(v) for v in state["layer_status"])
-            layer.status = STATUS[status]
+            if STATUS[status] != "pending":  # what was verified here stays so
+                layer.status, layer.reason = STATUS[status], "as in the checkpoint" if STATUS[status] == "failed" else ""
             if observed:
                 self._observed.add(layer)
         shared = self.state[self._first]
@@ -139,28 +170,31 @@ class AttachedOptimizer(Optimizer):
         self._link_state()
         self._capture.finish_step(self._due())
 
-    def _check_state(self, state_dict: dict[str, Any]) -> None:
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        saved = {p: state_dict["state"].get(i, {}) for i, p in zip(ids, params, strict=False)}
-        for layer in self._layers:
-            mine, theirs = self._preconditioner.state(layer), saved.get(layer.owner, {})
-            wrong = [n for n, t in mine.items() if n not in theirs or theirs[n].shape != t.shape]
-            if wrong or "layer_status" not in theirs:
-                raise ValueError(
-                    f"the checkpoint does not fit {layer.name or 'the model'} under variant {self.variant!r} "
-                    f"({self._preconditioner.name}): it lacks {', '.join(wrong) or 'layer_status'} in the right shape. "
-                    "Build GRNG with the variant, preconditioner and model that the checkpoint was written with"
-                )
-        if "grng_steps" not in saved.get(params[0], {}):
-            raise ValueError("the checkpoint is not GRNG's: it holds no 'grng_steps' under the first parameter")
+    @property
+    def _method(self) -> str:
+        return f"variant {self.variant!r} with preconditioner {self._preconditioner.name!r}"
 
-    @staticmethod
-    def _process_value_according_to_param_policy(
-        param: Tensor, value: Tensor, param_id: int, param_groups: list[dict[Any, Any]], key: Any = None
-    ) -> Tensor:
-        # torch would cast every floating tensor to the parameter's dtype, which ruins the factors of a bf16 layer.
-        return value if key in ON_HOST else value.to(param.device)
+    def _check_state(self, state_dict: dict[str, Any]) -> None:
+        sizes = [[len(group["params"]) for group in groups] for groups in (self.param_groups, state_dict["param_groups"])]
+        if sizes[0] != sizes[1]:
+            return  # torch says so itself
+        saved = self._saved(state_dict)
+        if "grng_method" not in saved[self._first]:
+            raise ValueError("the checkpoint is not GRNG's: it holds no 'grng_method' under the first parameter")
+        written = bytes(saved[self._first]["grng_method"].tolist()).decode()
+        remedy = "Build GRNG with the variant, preconditioner and model that the checkpoint was written with"
+        if written != self._method:
+            raise ValueError(f"the checkpoint was written by {written}, but this is {self._method}. {remedy}")
+        wanted = {(p, name): p.shape for p in saved for name in OF_A_PARAMETER if name in saved[p]}
+        for layer in self._layers:
+            state = {**self._preconditioner.state(layer), "layer_status": torch.zeros(2)}
+            wanted.update({(layer.owner, name): value.shape for name, value in state.items()})
+        for (p, name), shape in wanted.items():
+            if name not in saved[p] or saved[p][name].shape != shape:
+                raise ValueError(
+                    f"the checkpoint does not fit {self._names[p]} of the model under {self._method}: {name!r} of shape "
+                    f"{tuple(shape)} is expected. {remedy}"
+                )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(

@@ -51,13 +51,13 @@ class Damping:
         penalty = self.variant.regularization == "penalty"
         if not (self.auto_rho or self.auto_floor):
             return
-        largest = preconditioner.largest_curvature().to(self.rho.dtype).clamp(min=ABSOLUTE_FLOOR)
+        largest = preconditioner.largest_curvature().to(self.rho.dtype)
         if self.auto_floor:
             # The filter needs none: its prior is the floor.
             floor = (self.variant.floor * largest).clamp(min=ABSOLUTE_FLOOR if self.variant.floor else 0.0)
             self.floor = torch.where(torch.isnan(self.floor) & ok, floor, self.floor)
         if self.auto_rho and penalty:
-            self.rho = torch.where(ok, self.variant.strength / largest, self.rho)
+            self.rho = torch.where(ok, self.variant.strength / largest.clamp(min=ABSOLUTE_FLOOR), self.rho)
         elif self.auto_rho:
             rho = torch.where(square_norm > 0, self.variant.strength * largest / square_norm.clamp(min=1e-30), 0.0)
             self.rho = torch.where(torch.isnan(self.rho) & ok, rho, self.rho)

@@ -29,14 +29,15 @@ def adamw_directions(
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(g), torch.zeros_like(g)
             state["step"] = torch.zeros((), dtype=torch.float32, device=g.device)
     m, v, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
-    keep = [torch.where(ok, torch.full_like(steps[0], b), 1.0) for b in betas]
     torch._foreach_add_(steps, [ok.to(steps[0].dtype)] * len(steps))
-    torch._foreach_mul_(m, keep[0])
-    torch._foreach_add_(m, torch._foreach_mul(gradients, 1 - keep[0]))
-    torch._foreach_mul_(v, keep[1])
-    torch._foreach_add_(v, torch._foreach_mul(torch._foreach_mul(gradients, gradients), 1 - keep[1]))
+    # Weights in float64: 1 - b2 in float32 is wrong in its fifth digit.
+    new = [((1 - b) * ok.to(torch.float64)) for b in betas]
+    squares = torch._foreach_mul(gradients, gradients)
+    for averages, values, weight in ((m, gradients, new[0]), (v, squares, new[1])):
+        torch._foreach_mul_(averages, (1 - weight).to(averages[0].dtype))
+        torch._foreach_add_(averages, torch._foreach_mul(values, weight.to(values[0].dtype)))
     directions = []
     for mean, square, step in zip(m, v, steps, strict=True):
-        t = step.clamp(min=1)
+        t = step.to(torch.float64).clamp(min=1)
         directions.append(-(mean / (1 - betas[0] ** t)) / ((square / (1 - betas[1] ** t)).sqrt() + eps))
     return directions

@@ -180,21 +180,35 @@ class GRNG(AttachedOptimizer):
         self._capture.verify()
         square_norm = squared_norm(list(gradients.values()))
         ok = torch.isfinite(square_norm)
-        self._refresh(ok, square_norm)
-        directions, scale = self._precondition(gradients, square_norm, ok)
-        self._apply(gradients, directions, scale, ok)
-        self._scalars["grad_norm"], self._scalars["kl_scale"] = square_norm.sqrt(), scale
+        if self._new_layers() and not bool(ok):  # a look at the value, while there are layers not measured yet:
+            self._forget()  # they count as measured from their first finite step on
+        else:
+            self._refresh(ok, square_norm)
+            directions, scale = self._precondition(gradients, square_norm, ok)
+            self._apply(gradients, directions, scale, ok)
+            self._scalars["kl_scale"] = scale
+        self._scalars["grad_norm"] = square_norm.sqrt()
         self._scalars["skipped"] = self._scalars["skipped"] + ~ok
         self._steps += 1
         self._capture.finish_step(self._due())
 
     def _decompose(self) -> bool:
-        """Whether decompositions are due: early on at steps 0, 1, 2, 4, 8, ..., when the averages change most."""
+        """Whether decompositions are due: early on at steps 0, 1, 2, 4, 8, ..., when the averages change most; then at
+        the first step with statistics in every period of `inverse_every`."""
         t = self._steps
+        stats = 1 if self._preconditioner.every_step else self._curvature.stats_every
         every = self._curvature.inverse_every or self._curvature.stats_every
-        return (t & (t - 1) == 0) if t < self._curvature.burn_in else t % every == 0
+        return (t & (t - 1) == 0) if t < self._curvature.burn_in else t % every < stats
 
     # Curvature.
+
+    def _new_layers(self) -> bool:
+        return bool(self._layers) and (not self._observed or not self._fresh <= self._observed)
+
+    def _forget(self) -> None:
+        """Drop what was measured for this step."""
+        self._current, self._fresh = set(), set()
+        self._preconditioner.discard()
 
     def _refresh(self, ok: Tensor, square_norm: Tensor) -> None:
         """Fold this step's statistics in; on the device, those of a gradient that is not finite are left out."""
@@ -219,7 +233,7 @@ class GRNG(AttachedOptimizer):
             for layer in self._layers
             if layer.active and layer in measured and any(p in gradients for p in layer.parameters)
         ]
-        one = torch.ones((), device=self._device)
+        one = torch.ones((), dtype=torch.float64, device=self._device)
         if not taking:
             return {}, one
         stacks = self._stack(taking, gradients, ok)
@@ -248,10 +262,11 @@ class GRNG(AttachedOptimizer):
 
     def _lam(self, stacks: list[Tensor], square_norm: Tensor) -> list[Tensor]:
         """The damping per group, (k, 1, 1)."""
-        norms = [square_norm.view(1, 1, 1).expand(len(G), 1, 1) for G in stacks]
         if self._norm == "layer":
-            norms = self._layer_norms(stacks)
-        lam = [self._damping(n).to(G.dtype) for G, n in zip(stacks, norms, strict=True)]
+            lam = [self._damping(norm) for norm in self._layer_norms(stacks)]
+        else:
+            lam = [self._damping(square_norm)] * len(stacks)
+        lam = [value.to(G.dtype).expand(len(G), 1, 1) for value, G in zip(lam, stacks, strict=True)]
         self._scalars["lam"] = lam[0].flatten()[0]
         return lam
 
@@ -276,30 +291,31 @@ class GRNG(AttachedOptimizer):
 
     def _apply(self, gradients: Gradients, directions: Gradients, scale: Tensor, ok: Tensor) -> None:
         """Momentum, decoupled decay and step, param group by param group; on the device, nothing if not `ok`."""
+        gate = ok.to(torch.float64)  # not in float32, which would round the settings of float64 parameters
         for group in self.param_groups:
             members = [p for p in group["params"] if p in gradients]
             covered = [p for p in members if p in directions]
             others = [p for p in members if p not in directions]
             lr, decay = group["lr"], group["weight_decay"]
             if decay:
-                torch._foreach_mul_(members, torch.where(ok, 1 - lr * decay, 1.0).to(members[0].dtype))
+                torch._foreach_mul_(members, (1 - lr * decay * gate).to(members[0].dtype))
             if covered:
-                steps = self._momentum(covered, [directions[p] for p in covered], group["momentum"], ok)
-                _add_(covered, steps, lr * scale * ok)
+                steps = self._momentum(covered, [directions[p] for p in covered], group["momentum"], gate)
+                _add_(covered, steps, lr * scale * gate)
             if others:
                 clean = [torch.where(ok, gradients[p], 0).to(self._curvature.factor_dtype(p)) for p in others]
                 found = adamw_directions(clean, [self.state[p] for p in others], ok)
                 rate = group["fallback_lr"] * (lr / group["base_lr"] if group["base_lr"] else 1.0)
-                _add_(others, found, rate * ok)
+                _add_(others, found, rate * gate)
 
-    def _momentum(self, params: list[nn.Parameter], directions: list[Tensor], mu: float, ok: Tensor) -> list[Tensor]:
+    def _momentum(self, params: list[nn.Parameter], directions: list[Tensor], mu: float, gate: Tensor) -> list[Tensor]:
         if mu == 0:
             return directions
         for p, D in zip(params, directions, strict=True):
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(D, memory_format=torch.contiguous_format)
         buffers = [self.state[p]["momentum"] for p in params]
-        torch._foreach_mul_(buffers, torch.where(ok, mu, 1.0).to(buffers[0].dtype))
+        torch._foreach_mul_(buffers, (1 - (1 - mu) * gate).to(buffers[0].dtype))
         torch._foreach_add_(buffers, directions)
         return buffers
 

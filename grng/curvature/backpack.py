@@ -81,12 +81,12 @@ class BackpackEngine(HooksEngine):
         self._extended: list[nn.Module] = []
         self._found: list[Pair] | None = None
         self._switch = ExitStack()
-        self._pass_context: Any = None
+        self._current: Pass | None = None  # whose backward pass is running
         engine = self
 
         class Deliver(FirstOrderModuleExtension):
             def __call__(self, extension: Any, module: nn.Module, g_inp: Any, g_out: Any) -> None:
-                engine._receive(module, module.input0, g_out[0])  # type: ignore[arg-type]
+                engine._receive(module, g_out[0])
 
         kinds = {type(layer.module) for layer in capture.layers}
         self._extension = FirstOrderBackpropExtension("grng", {kind: Deliver() for kind in kinds}, fail_mode="SILENT")
@@ -103,44 +103,65 @@ class BackpackEngine(HooksEngine):
         del self._context.hook_handles[known:]
 
     def finish(self, current: "Pass", output: Tensor) -> None:
-        self._pass_context = current.context
+        """Take the inputs over: on the modules they would be overwritten by the next forward pass."""
+        for module in self._by_module:
+            x = getattr(module, "input0", None)
+            if isinstance(x, Tensor):
+                current.inputs[module] = x.detach()
+        for module in self._extended:
+            self._backpack.memory_cleanup(module)
 
-    def _receive(self, module: nn.Module, x: Tensor, e: Tensor) -> None:
-        layer = self._by_module.get(module)
-        if layer is None or not layer.active or e is None:
+    def _receive(self, module: nn.Module, e: Tensor | None) -> None:
+        layer, current = self._by_module.get(module), self._current
+        if layer is None or not layer.active or e is None or current is None or module not in current.inputs:
             return
+        x = current.inputs[module]
         if self._found is not None:
-            self._found.append((layer, x.detach(), e))
+            self._found.append((layer, x, e))
         elif self.capture.wants_true_gradient(layer):
-            self.capture.receive_true_gradient(layer, x.detach(), e, self._pass_context)
+            self.capture.receive_true_gradient(layer, x, e, current.context)
 
     def pairs(self, current: "Pass", place: GradientEdge, gradient: Tensor) -> Iterator[Pair]:
         # BackPACK's module hooks run only where the pass goes through the module: ask for the weights' gradients.
         weights = [p for layer in self.capture.layers for p in layer.parameters]
-        self._found = []
+        before, self._current, self._found = self._current, current, []
         try:
-            with self._active(retain_graph=True):
+            with self._active(self._extension, retain_graph=True):
                 torch.autograd.grad([place], weights, [gradient], retain_graph=True, allow_unused=True)
             yield from self._found
         finally:
-            self._found = None
+            self._current, self._found = before, None
 
     @contextmanager
-    def _active(self, retain_graph: bool = False) -> Iterator[None]:
-        with warnings.catch_warnings(), self._backpack.backpack(self._extension, retain_graph=retain_graph):
+    def _active(self, *extensions: Any, **settings: Any) -> Iterator[None]:
+        with warnings.catch_warnings(), self._backpack.backpack(*extensions, **settings):
             # The model's input needs no gradient, which torch thinks worth a warning.
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             yield
 
-    def listen(self) -> None:
+    def listen(self, current: "Pass") -> None:
         """Called inside the user's backward pass: deliver its pairs too, until that pass ends."""
+        if self._current is None:
+            self._current, context = current, self._context
+            self._switch.enter_context(
+                self._active(  # beside what the user has switched on
+                    *context.get_active_exts(),
+                    self._extension,
+                    extension_hook=context.get_extension_hook(),
+                    retain_graph=context.get_retain_graph(),
+                )
+            )
+            torch.autograd.Variable._execution_engine.queue_callback(self._end)
+        elif self._current is not current and any(map(self.capture.wants_true_gradient, self.capture.layers)):
+            self.confused = "two forward passes met in one backward pass, and its hooks do not tell which they see"
+            self.capture.abandon_step()
+
+    def _end(self) -> None:
         self._switch.close()
-        self._switch.enter_context(self._active())
-        torch.autograd.Variable._execution_engine.queue_callback(self._switch.close)
+        self._current = None
 
     def release(self) -> None:
-        self._switch.close()
-        self._pass_context = None
+        self._end()
         for handle in self.handles:
             handle.remove()
         self.handles.clear()

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from grng.curvature.config import Curvature
-from grng.curvature.engines import Hook, Use, make_engine
+from grng.curvature.engines import Hook, HooksEngine, Pair, Use, make_engine
 from grng.curvature.layers import Layer
-from grng.curvature.likelihood import CODES, Likelihood, Reading, declared, detect, tolerance
+from grng.curvature.likelihood import CODES, Gaussian, Likelihood, Reading, Unread, declared, detect, tolerance
 from grng.curvature.statistics import Statistics
 from grng.errors import GRNGWarning, invalid
 
@@ -28,11 +28,17 @@ from grng.errors import GRNGWarning, invalid
 @dataclass
 class Context:
     """What the layers of one forward pass share: the batch size, and once the output gradient has arrived N and how
-    many samples came before it in the same step."""
+    many samples came before it in the same step.
+
+    `waiting` holds the pairs of the user's own backward pass that come before N: those of a layer whose output is the
+    model's. `closed` says that a backward pass has gone through.
+    """
 
     normaliser: Tensor | None = None
     batch: int | None = None
     offset: int = 0
+    waiting: list[Pair] = field(default_factory=list)
+    closed: bool = False
 
 
 @dataclass
@@ -41,6 +47,14 @@ class Pass:
 
     context: Context = field(default_factory=Context)
     uses: list[Use] = field(default_factory=list)
+    inputs: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+    def close(self, keep_graph: bool) -> None:
+        """After a backward pass: its rows are counted, and nothing of it stays alive."""
+        self.context.closed = True
+        self.uses.clear()
+        if not keep_graph:
+            self.inputs.clear()
 
 
 @dataclass
@@ -97,7 +111,6 @@ class Capture:
         self._after: dict[nn.Parameter, Tensor] = {}
         self._precision: dict[Layer, tuple[float, Tensor | float]] = {}
         self.engine, self.engine_reason = make_engine(config.capture, self, model, twice)
-        # The layers' hooks come first, so that a model that is itself a layer is noted before its output is read.
         self._handles = [
             model.register_forward_pre_hook(Hook(self, "_enter")),
             model.register_forward_hook(Hook(self, "_leave"), always_call=True),
@@ -141,6 +154,9 @@ class Capture:
     def _output_gradient(self, current: Pass, f: Tensor, number: int, version: int, gradient: Tensor) -> None:
         if self._busy or not self.collecting:
             return
+        if current.context.closed:  # the graph is walked again: its labels were drawn and its rows counted
+            self.engine.listen(current)
+            return
         # The node that runs this hook; holding it from the forward pass on would be a cycle through the graph.
         place = GradientEdge(torch._C._current_autograd_node(), number)
         with torch.no_grad(), self._nested():
@@ -157,8 +173,12 @@ class Capture:
                 for cotangent in self._cotangents(f, gradient):
                     for layer, x, e in self.engine.pairs(current, place, cotangent):
                         self._deliver(layer, x, e, current.context)
-        self.engine.listen()
-        current.uses.clear()
+            for layer, x, e in current.context.waiting:
+                self._deliver_true(layer, x, e, current.context)
+            current.context.waiting.clear()
+        self.engine.listen(current)
+        keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: current.close(keep_graph))
 
     def wants_true_gradient(self, layer: Layer) -> bool:
         return self._empirical or not self._decided or layer.status == "pending"
@@ -177,8 +197,15 @@ class Capture:
                 rounding = 20 * max(torch.finfo(t.dtype).eps for t in real) * statistics.magnitude()
                 known = self._precision.get(layer, (0.0, 0.0))
                 self._precision[layer] = max(known[0], tolerance(*real)), known[1] + rounding
-            if self._empirical and context.normaliser is not None:
-                self._deliver(layer, x, e * context.normaliser.to(e.dtype), context)
+            if context.normaliser is None:
+                context.waiting.append((layer, x, e))
+            else:
+                self._deliver_true(layer, x, e, context)
+
+    def _deliver_true(self, layer: Layer, x: Tensor, e: Tensor, context: Context) -> None:
+        if self._empirical and not context.closed:
+            assert context.normaliser is not None
+            self._deliver(layer, x, e * context.normaliser.to(e.dtype), context)
 
     def _statistics(self, layer: Layer, x: Tensor, e: Tensor, context: Context) -> Statistics:
         return layer.statistics(x, e, context.batch, self.config.factor_dtype(layer.owner))
@@ -217,10 +244,11 @@ class Capture:
         self._decided = True
         name = self.config.likelihood
         if f.ndim == 0:
+            self.likelihood = Unread()
             self._fall_back("the model returns a scalar: its outputs are not seen", self.config.likelihood != "auto")
         elif name == "auto":
             self.likelihood, self.likelihood_reason = detect(f, gradient)
-            if self.likelihood is None:
+            if isinstance(self.likelihood, Unread):
                 self._fall_back(self.likelihood_reason)
         else:
             self.likelihood, self.likelihood_reason = declared(name, f, gradient), "declared"
@@ -236,7 +264,7 @@ class Capture:
     def _check_loss_scale(self, f: Tensor, gradient: Tensor) -> None:
         """A declared scale that the gradient contradicts is an error, where it can be read off."""
         scale, likelihood = self.config.loss_scale, self.likelihood
-        if scale is None or likelihood is None or likelihood.name == "gaussian":
+        if scale is None or likelihood is None or isinstance(likelihood, Gaussian | Unread):
             return
         reading = likelihood.read(f, gradient)
         if float(reading.misfit) > tolerance(f, gradient):
@@ -260,26 +288,19 @@ class Capture:
     def _read(self, f: Tensor, gradient: Tensor) -> Reading:
         """N and the number of predictions; under the fallback, a mean over the rows that receive a gradient."""
         likelihood = self.likelihood
-        if likelihood is None:
-            batch = self._rows(gradient)
-            return Reading(batch, batch, torch.zeros_like(batch))
+        assert likelihood is not None
         reading = likelihood.read(f, gradient)
         scale = self.config.loss_scale
         if scale is not None:
             one = torch.ones_like(reading.predictions)
             reading.normaliser = one if scale == "sum" else reading.predictions / scale
-        elif likelihood.name != "gaussian":
+        elif not isinstance(likelihood, Gaussian | Unread):
             # Where everything is predicted right, rounding hides N in the gradient: what was read before holds on.
             known = torch.ones_like(reading.misfit) if self._loss_scale is None else self._loss_scale
             trusted = reading.misfit < tolerance(f, gradient)
             self._loss_scale = torch.where(trusted, reading.predictions / reading.normaliser, known)
             reading.normaliser = reading.predictions / self._loss_scale
         return reading
-
-    @staticmethod
-    def _rows(gradient: Tensor) -> Tensor:
-        g = gradient.float()
-        return (g != 0).any(-1).sum().to(g.dtype) if g.ndim > 1 else torch.ones((), device=g.device)
 
     def _count(self, reading: Reading, f: Tensor) -> None:
         samples = f.shape[0] if f.ndim else 1
@@ -314,6 +335,12 @@ class Capture:
         """The gradient that the backward pass left, before anybody clips or rescales it."""
         if p in self._before:
             self._after[p] = gradient.detach().clone()
+
+    def abandon_step(self) -> None:
+        """Neither count nor compare what this step has seen, nor what is still to come in it."""
+        self.collecting, self.batch = False, None
+        self._before.clear()
+        self._after.clear()
 
     def verify(self) -> list[Layer]:
         """Compare what was captured with what autograd accumulated; returns the layers that failed.
@@ -369,6 +396,11 @@ class Capture:
     def finish_step(self, collect_next: bool) -> None:
         """Forget this step's passes, and say whether the next one is measured."""
         self.engine.release()
+        if self.engine.confused:
+            self.engine.close()
+            self.engine, self.engine_reason = HooksEngine(self), f"not BackPACK: {self.engine.confused}"
+            if self.config.capture == "backpack":
+                warnings.warn(f"GRNG captures by hooks, {self.engine_reason}", GRNGWarning, stacklevel=3)
         self.batch = None
         self._checks.clear()
         self._precision.clear()

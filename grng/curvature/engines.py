@@ -64,11 +64,15 @@ class HooksEngine:
     """
 
     name = "hooks"
+    confused = ""  # why this engine must be given up, once it is known
 
     def __init__(self, capture: "Capture") -> None:
         self.capture = capture
+        # First among the module's hooks: before the capture reads a model that is itself a layer, and before anybody
+        # else's hook replaces the output.
         self.handles = [
-            layer.module.register_forward_hook(Hook(self, "_note", layer), with_kwargs=True) for layer in capture.layers
+            layer.module.register_forward_hook(Hook(self, "_note", layer), prepend=True, with_kwargs=True)
+            for layer in capture.layers
         ]
 
     def _note(self, layer: Layer, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -101,7 +105,7 @@ class HooksEngine:
             if e is not None and use.layer.active:
                 yield use.layer, use.x, e
 
-    def listen(self) -> None:
+    def listen(self, current: "Pass") -> None:
         """Tensor hooks listen anyway."""
 
     def release(self) -> None:

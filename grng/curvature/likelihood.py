@@ -32,6 +32,7 @@ class Likelihood:
     """Common part: outputs are seen as rows of the last dimension; `class_dim` says where classes are before that."""
 
     name = ""
+    fits_any = 0  # a gradient of no more numbers than that is matched by some label, whatever they are
 
     def __init__(self, class_dim: int = -1) -> None:
         self.class_dim = class_dim
@@ -99,6 +100,7 @@ def _uniform(like: Tensor, shape: torch.Size, generator: torch.Generator) -> Ten
 
 class Categorical(Likelihood):
     name = "categorical"
+    fits_any = 2
 
     def _unit(self, f: Tensor, g: Tensor) -> Tensor:
         return torch.softmax(f, -1) - _onehot(g.argmin(-1), f.shape[-1], f.dtype)  # only the true class has p - 1 < 0
@@ -120,6 +122,8 @@ class Categorical(Likelihood):
 class LogCategorical(Categorical):
     """The model ends in log_softmax; the loss is nll_loss."""
 
+    fits_any = 0
+
     def _unit(self, f: Tensor, g: Tensor) -> Tensor:
         return -_onehot(g.argmin(-1), f.shape[-1], f.dtype)
 
@@ -134,6 +138,7 @@ class LogCategorical(Categorical):
 
 class Bernoulli(Likelihood):
     name = "bernoulli"
+    fits_any = 1
 
     def _unit(self, f: Tensor, g: Tensor) -> Tensor:
         return torch.sigmoid(f) - (g < 0).to(f.dtype)
@@ -165,18 +170,26 @@ class Gaussian(Likelihood):
         return torch.diag_embed(torch.full_like(f, 2**0.5))
 
 
+class Unread(Likelihood):
+    """A loss that is none of the others, so that no label can be drawn: one prediction a row, their mean assumed."""
+
+    name = "none"
+
+    def read(self, f: Tensor, gradient: Tensor) -> Reading:
+        g = self.rows(gradient)
+        predictions = (g != 0).any(-1).sum().to(g.dtype)
+        return Reading(predictions, predictions, torch.zeros_like(predictions))
+
+
 def tolerance(*tensors: Tensor) -> float:
     """Largest relative error that rounding explains, by the least precise of the tensors."""
     return min(0.1, 1e3 * max(torch.finfo(t.dtype).eps for t in tensors) ** 0.75)
 
 
-def detect(f: Tensor, gradient: Tensor) -> tuple[Likelihood | None, str]:
-    """The likelihood that the arriving gradient fits, or None and why. Called once: it looks at values."""
-    candidates: list[Likelihood] = []
-    dims = [-1] if f.ndim < 3 else [-1, 1]
-    for dim in dims:
-        if f.ndim > 1 and f.shape[dim] > 1:
-            candidates += [Categorical(dim), LogCategorical(dim)]
+def detect(f: Tensor, gradient: Tensor) -> tuple[Likelihood, str]:
+    """The likelihood that the arriving gradient fits, or `Unread`, and why. Called once: it looks at values."""
+    dims = [dim for dim in ([-1] if f.ndim < 3 else [-1, 1]) if f.ndim > 1 and f.shape[dim] > 1]
+    candidates: list[Likelihood] = [kind(dim) for dim in dims for kind in (Categorical, LogCategorical)]
     candidates.append(Bernoulli())
     limit = tolerance(f, gradient)
     for likelihood in candidates:
@@ -184,16 +197,22 @@ def detect(f: Tensor, gradient: Tensor) -> tuple[Likelihood | None, str]:
             total = likelihood.rows(f).exp().sum(-1)
             if float((total - 1).abs().max()) > 10 * limit:
                 continue
-        if float(likelihood.read(f, gradient).misfit) < limit:
-            return likelihood, "read off the output gradient"
-    for dim in dims:
-        if f.ndim > 1 and f.shape[dim] > 1:
-            g = Categorical(dim).rows(gradient)
-            if float(g.sum(-1).norm()) < limit * float(g.norm()):
-                return None, (
-                    "the output gradient sums to zero over the classes, but is not that of cross-entropy with hard "
-                    "labels (label smoothing, soft targets, class weights, or a second loss term)"
+        reading = likelihood.read(f, gradient)
+        if float(reading.misfit) < limit:
+            if int((gradient != 0).sum()) <= likelihood.fits_any and abs(float(reading.normaliser) - 1) > limit:
+                return Unread(), (
+                    "the first output gradient is a single number, which fits any likelihood at some scale: "
+                    "declare Curvature(likelihood=...)"
                 )
+            return likelihood, "read off the output gradient"
+    # An unbatched output is a row too.
+    g = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    for dim in dims or [-1] * (f.ndim == 1 and len(f) > 1):
+        if float(g.sum(dim).norm()) < limit * float(g.norm()):
+            return Unread(dim), (
+                "the output gradient sums to zero over the classes, but is not that of cross-entropy with hard labels "
+                "on a batch (label smoothing, soft targets, class weights, a second loss term, or no batch dimension)"
+            )
     return Gaussian(), "assumed: a squared error with reduction='mean' cannot be told from its gradient"
 
 
@@ -217,4 +236,6 @@ CODES: tuple[tuple[type[Likelihood], int], ...] = (
     (LogCategorical, 1),
     (Bernoulli, -1),
     (Gaussian, -1),
+    (Unread, -1),
+    (Unread, 1),
 )

@@ -44,7 +44,7 @@ class EKFAC(KFAC):
         super().refresh(batch, decompose)
         for s, (U_g, U_l), (old_g, old_l) in zip(self.second.values, self.bases(), old, strict=False):
             R_in = None if U_l is None or old_l is None else U_l.mT @ old_l
-            s.copy_(rotated_diagonal(s, U_g.mT @ old_g, R_in))
+            s.copy_(torch.where(batch.valid, rotated_diagonal(s, U_g.mT @ old_g, R_in), s))
         for layer, statistics in self._held:
             self._project(layer, statistics)
             self._based.add(layer)
@@ -65,8 +65,8 @@ class EKFAC(KFAC):
 
     def load_state(self, layer: Layer, state: dict[str, Tensor]) -> None:
         super().load_state(layer, state)
-        if bool((state["second.count"] > 0).all()):
-            self._based.add(layer)
+        based = bool((state["second.count"] > 0).all())
+        (self._based.add if based else self._based.discard)(layer)
 
 
 def _apply(G: Tensor, s: Tensor, U_g: Tensor, U_l: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ from grng.preconditioners.base import Group, Preconditioner
 from grng.preconditioners.registry import register_preconditioner
 
 PROJECTIONS = ("vd", "fd")
+START = 1.0  # of the prior's variance, times the largest information of the first batch
 
 
 @register_preconditioner("kalman")
@@ -31,34 +32,35 @@ class Kalman(Preconditioner):
     lam_K = B lam / gamma, lam being RING's rho ||g||^2, so that equal rho and lr = gamma mean the same.
 
     Args:
-        p0: variance of every parameter at the start.
+        p0: variance of every parameter at the start; None: settled by the first batch, p0 lambda_max(V^T V) = 1, so
+            that the first step is bold and stable whatever the scale of the loss, the batch or the model.
         gamma: forgetting in [0, 1): the share of the information lost a step. At once the learning rate and the decay
             of the running Fisher; 0 accumulates for ever, which stationary data want and deep networks do not.
         groups: m, the columns of V.
         projection: `"vd"`, p = 1/(1/p + rowsum V^2), or `"fd"`, the diagonal of the exact posterior covariance.
-        p_max: cap on p under forgetting; None: p0.
+        p_max: cap on p under forgetting, in units of p0.
     """
 
     every_step = True
 
     def __init__(
         self,
-        p0: float = 1e-2,
-        gamma: float = 1e-2,
+        p0: float | None = None,
+        gamma: float = 0.03,
         groups: int = 16,
         projection: Literal["vd", "fd"] = "vd",
-        p_max: float | None = None,
+        p_max: float = 30.0,
     ) -> None:
-        if not (math.isfinite(p0) and p0 > 0):
-            raise invalid("p0", p0, "a finite number > 0")
+        if p0 is not None and not (math.isfinite(p0) and p0 > 0):
+            raise invalid("p0", p0, "a finite number > 0, or None")
         if not 0 <= gamma < 1:
             raise invalid("gamma", gamma, "in [0, 1)")
         if not isinstance(groups, int) or groups < 1:
             raise invalid("groups", groups, "a whole number, at least 1")
         if projection not in PROJECTIONS:
             raise unknown("projection", projection, PROJECTIONS)
-        if p_max is not None and p_max < p0:
-            raise invalid("p_max", p_max, f"at least p0 = {p0}")
+        if not (math.isfinite(p_max) and p_max >= 1):
+            raise invalid("p_max", p_max, "a finite number >= 1")
         self.p0, self.gamma, self.columns, self.projection, self.p_max = p0, gamma, groups, projection, p_max
 
     def setup(self, groups: Sequence[Group], config: Curvature) -> None:
@@ -67,7 +69,9 @@ class Kalman(Preconditioner):
         super().setup(groups, config)
 
     def allocate(self) -> None:
-        self.p = self.buffer("p", lambda group: (group.n_out, group.n_in), self.p0)
+        start = self.p0 or 0.0  # zero: not settled yet
+        self.p = self.buffer("p", lambda group: (group.n_out, group.n_in), start)
+        self.start = self.buffer("p0", lambda group: (), start)
         self._V: list[Tensor | None] = [None] * len(self.groups)
         self._prior: list[Tensor] = []
         self._batch: Batch | None = None
@@ -86,8 +90,10 @@ class Kalman(Preconditioner):
             p.new_zeros(self.columns, *p.shape) if V is None else torch.where(batch.valid, V, 0)
             for p, V in zip(self.p.values, self._V, strict=True)
         ]
-        cap = self.p0 if self.p_max is None else self.p_max
-        self._prior = [(p / (1 - self.gamma)).clamp(max=cap) for p in self.p.values]
+        if self.p0 is None:
+            self._settle(batch.valid)
+        caps = [self.p_max * start.view(-1, 1, 1) for start in self.start.values]
+        self._prior = [torch.minimum(p / (1 - self.gamma), cap) for p, cap in zip(self.p.values, caps, strict=True)]
         flat = [(p.flatten(), V.flatten(1)) for p, V in zip(self._prior, self._flat_V(), strict=True)]
         if self.projection == "vd":
             new = [propagate_vd(p, V) for p, V in flat]
@@ -98,14 +104,21 @@ class Kalman(Preconditioner):
         for p, posterior in zip(self.p.values, new, strict=True):
             p.copy_(torch.where(batch.valid, posterior.view_as(p), p))
 
+    def _settle(self, valid: Tensor) -> None:
+        rows = [V.flatten(1) for V in self._flat_V()]
+        largest = torch.linalg.eigvalsh(torch.stack([V @ V.mT for V in rows]).sum(0))[-1]
+        p0 = START / largest.clamp(min=torch.finfo(largest.dtype).tiny)
+        for start, p in zip(self.start.values, self.p.values, strict=True):
+            first = (start == 0) & valid & torch.isfinite(p0)
+            start.copy_(torch.where(first, p0, start))
+            p.copy_(torch.where(first.view(-1, 1, 1), p0, p))
+
     def _flat_V(self) -> list[Tensor]:
         return [V for V in self._V if V is not None]
 
     def precondition(self, gradients: list[Tensor], damping: list[Tensor]) -> list[Tensor]:
         assert self._batch is not None
-        B, N = self._batch.predictions, self._batch.normaliser
-        # RING's lam is rho ||g||^2 with the gradient of the mean loss; the filter weighs summed information.
-        scale = B * (N / B).square() / (self.gamma or 1.0)
+        N, scale = self._batch.normaliser, self._information()
         q, qg, V, qV = [], [], [], []
         for p, G, lam, columns in zip(self._prior, gradients, damping, self._flat_V(), strict=True):
             q.append((p / (1 + scale * lam * p)).flatten())
@@ -116,10 +129,16 @@ class Kalman(Preconditioner):
         self._V = [None] * len(self.groups)
         return [D.view_as(G) for D, G in zip(directions, gradients, strict=True)]
 
-    def largest_curvature(self) -> Tensor:
-        """gamma / (B p0): the lam at which the gain's prior is halved."""
+    def _information(self) -> Tensor:
+        """What one unit of lam weighs: RING's lam is rho ||g||^2 with the gradient of the mean loss, the filter weighs
+        the summed information, and the user's loss is B/N times the mean."""
         assert self._batch is not None
-        return (self.gamma or 1.0) / (self._batch.predictions * self.p0)
+        B, N = self._batch.predictions, self._batch.normaliser
+        return B * (N / B).square() / (self.gamma or 1.0)
+
+    def largest_curvature(self) -> Tensor:
+        """The lam at which the gain's prior is halved."""
+        return 1 / (self._information() * self.start.values[0][0])
 
     def discard(self) -> None:
         self._V = [None] * len(self.groups)

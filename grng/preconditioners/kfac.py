@@ -62,6 +62,7 @@ class KFAC(Preconditioner):
             self.X_g = self.buffer("X_g", lambda g: (g.n_out, g.n_out))
         self.failures = torch.zeros(())
         self._stale = False
+        self._valid = torch.ones((), dtype=torch.bool)
         self._curvature: list[Tensor] = []
 
     def observe(self, layer: Layer, statistics: Statistics) -> None:
@@ -71,6 +72,7 @@ class KFAC(Preconditioner):
     def refresh(self, batch: Batch, decompose: bool) -> None:
         self.Lambda.update(batch, by_rows=True)
         self.Gamma.update(batch)
+        self._valid = batch.valid  # decompositions of a step that is skipped change nothing
         if decompose:
             if self.solver == "eigen":
                 self._eigen(self.Lambda, self.l, self.U_l)
@@ -81,10 +83,10 @@ class KFAC(Preconditioner):
     def _eigen(self, factor: Stacked, values: Stacked, basis: Stacked) -> None:
         for stack, w, U in zip(factor.stacks, values.stacks, basis.stacks, strict=True):
             if stack.ndim == 2:
-                w.copy_(stack)
+                w.copy_(torch.where(self._valid, stack, w))
                 continue
             new_w, new_U, failed = eigh(stack)
-            keep = failed.view(-1, 1, 1)  # where every attempt failed, the previous basis stays
+            keep = (failed | ~self._valid).view(-1, 1, 1)  # where every attempt failed, the previous basis stays
             w.copy_(torch.where(keep.squeeze(2), w, new_w))
             U.copy_(torch.where(keep, U, new_U))
             self.failures = self.failures + failed.sum().cpu()
@@ -127,9 +129,10 @@ class KFAC(Preconditioner):
         for factor, inverse, shifts in ((self.Lambda, self.X_l, shift_in), (self.Gamma, self.X_g, shift_out)):
             for stack, X, shift in zip(factor.stacks, inverse.stacks, factor.spread(shifts), strict=True):
                 if stack.ndim == 2:
-                    X.copy_(torch.where(stack.sum(1, keepdim=True) > 0, 1 / (stack + shift.unsqueeze(1)), X))
+                    new = torch.where(stack.sum(1, keepdim=True) > 0, 1 / (stack + shift.unsqueeze(1)), X)
                 else:
-                    X.copy_(self._inverse(stack, X, shift))
+                    new = self._inverse(stack, X, shift)
+                X.copy_(torch.where(self._valid, new, X))
 
     def _inverse(self, stack: Tensor, previous: Tensor, shift: Tensor) -> Tensor:
         if self.solver == "newton":

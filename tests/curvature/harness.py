@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from grng.curvature import Batch, Capture, Curvature, Layer, Statistics
 from grng.curvature.plan import find_layers
-from torch import Tensor, nn
 
 ENGINES = ("hooks", "backpack")
 
@@ -48,7 +49,9 @@ class Attached:
         return measured
 
 
-def measure(model: nn.Module, x: Any, loss: Callable[[Any], Tensor], engine: str = "hooks", **settings: Any) -> Measured:
+def measure(
+    model: nn.Module, x: Any, loss: Callable[[Any], Tensor], engine: str = "hooks", **settings: Any
+) -> Measured:
     """loss(model(x)).backward() under a capture that is closed afterwards."""
     attached = Attached(model, engine, **settings)
     model.zero_grad()

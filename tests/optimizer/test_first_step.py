@@ -1,0 +1,461 @@
+"""One step against dense formulas in float64: factors from autograd, inverses from plain solves, no kernel of GRNG."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, hessian, vmap
+from torch.nn.functional import cross_entropy
+
+from grng import GRNG, Curvature
+from grng.preconditioners import KFAC, Kalman
+from grng.variants import VARIANTS
+
+from .cases import METHODS, Method, cnn, displacement, methods, mixed, mlp, relative, settings, stream, train, vector
+
+
+@dataclass
+class Block:
+    """One Linear layer measured by hand; a bias is the last column.
+
+    x: (B, n_in + 1) inputs; e: (B, n_out) gradients of the per-sample loss; rows: (C, B, n_out), their outer products
+    summed over C are the Fisher's.
+    """
+
+    x: Tensor
+    e: Tensor
+    rows: Tensor
+
+    @property
+    def gradient(self) -> Tensor:
+        return self.e.T @ self.x / len(self.x)
+
+    @property
+    def Lambda(self) -> Tensor:
+        return self.x.T @ self.x / len(self.x)
+
+    @property
+    def Gamma(self) -> Tensor:
+        return torch.einsum("cbi,cbj->ij", self.rows, self.rows) / len(self.x)
+
+    @property
+    def squares(self) -> Tensor:
+        """Mean squared per-sample gradient."""
+        return self.squares_in(torch.eye(self.e.shape[1]).double(), torch.eye(self.x.shape[1]).double())
+
+    def squares_in(self, U_g: Tensor, U_l: Tensor) -> Tensor:
+        per_sample = torch.einsum("cbo,bi->cboi", self.rows @ U_g, self.x @ U_l)
+        return per_sample.square().sum((0, 1)) / len(self.x)
+
+
+def measure(model: nn.Sequential, x: Tensor, y: Tensor, fisher: str) -> list[Block]:
+    """Blocks of a chain of Linear and Tanh under cross-entropy; "exact" weighs each class by its probability."""
+    inputs, outputs = [], []
+    for module in model:
+        if isinstance(module, nn.Linear):
+            inputs.append(torch.cat([x, x.new_ones(len(x), 1)], 1).detach())
+            x = module(x)
+            outputs.append(x)
+        else:
+            x = module(x)
+
+    def errors(labels: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(cross_entropy(x, labels, reduction="sum"), outputs, retain_graph=True)
+
+    true = errors(y)
+    classes = range(x.shape[1]) if fisher == "exact" else []
+    p = x.detach().softmax(1)
+    drawn = [errors(torch.full_like(y, c)) for c in classes]
+    return [
+        Block(a, e, torch.stack([p[:, c, None].sqrt() * d[i] for c, d in enumerate(drawn)]) if drawn else e[None])
+        for i, (a, e) in enumerate(zip(inputs, true, strict=True))
+    ]
+
+
+def kron(b: Block) -> Tensor:
+    return torch.kron(b.Gamma, b.Lambda)
+
+
+def damped(F: Tensor, lam: Tensor, G: Tensor) -> Tensor:
+    """-(F + lam I)^{-1} G for a matrix G read row by row."""
+    return -torch.linalg.solve(F + lam * torch.eye(len(F)).double(), G.flatten()).view_as(G)
+
+
+def eigen(b: Block, G: Tensor, lam: Tensor) -> Tensor:
+    return damped(kron(b), lam, G)
+
+
+def factored(b: Block, G: Tensor, lam: Tensor) -> Tensor:
+    pi = ((b.Lambda.trace() / len(b.Lambda)) / (b.Gamma.trace() / len(b.Gamma))).sqrt()
+    left = b.Gamma + lam.sqrt() / pi * torch.eye(len(b.Gamma)).double()
+    right = b.Lambda + pi * lam.sqrt() * torch.eye(len(b.Lambda)).double()
+    return -torch.linalg.solve(right, torch.linalg.solve(left, G).T).T
+
+
+def ekfac(b: Block, G: Tensor, lam: Tensor) -> Tensor:
+    U_g, U_l = torch.linalg.eigh(b.Gamma)[1], torch.linalg.eigh(b.Lambda)[1]
+    return -U_g @ ((U_g.T @ G @ U_l) / (b.squares_in(U_g, U_l) + lam)) @ U_l.T
+
+
+def diagonal(b: Block, G: Tensor, lam: Tensor) -> Tensor:
+    return -G / (b.squares + lam)
+
+
+def identity(b: Block, G: Tensor, lam: Tensor) -> Tensor:
+    return -G
+
+
+def as_vector(matrices: list[Tensor]) -> Tensor:
+    """Weights and biases in the order of model.parameters()."""
+    return torch.cat([part.flatten() for M in matrices for part in (M[:, :-1], M[:, -1])])
+
+
+def as_matrices(theta: Tensor, blocks: list[Block]) -> list[Tensor]:
+    sizes = [(b.e.shape[1], b.x.shape[1] - 1) for b in blocks]
+    parts = theta.split([n for o, i in sizes for n in (o * i, o)])
+    return [
+        torch.cat([w.view(size), bias[:, None]], 1) for w, bias, size in zip(parts[::2], parts[1::2], sizes, strict=True)
+    ]
+
+
+def flat_loss(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+    """theta -> loss."""
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+
+    def f(theta: Tensor) -> Tensor:
+        parts = theta.split([shape.numel() for shape in shapes.values()])
+        named = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        return cross_entropy(functional_call(model, named, (x,)), y)
+
+    return f
+
+
+LAM0, RHO = 0.02, 3.0
+
+# name: the formula, the tolerance, and whether lam is rho ||g||^2 + lam0 or lam0 alone. Newton stops at 1e-4.
+DENSE = {
+    "kfac": (eigen, 1e-10, False),
+    "ring": (eigen, 1e-10, True),
+    "ring-factored": (factored, 1e-10, True),
+    "ring-newton": (factored, 1e-3, True),
+    "ekfac": (ekfac, 1e-10, False),
+    "ring-diagonal": (diagonal, 1e-10, True),
+    "ring-identity": (identity, 1e-12, True),
+}
+
+
+@pytest.mark.parametrize("norm", ["global", "layer"])
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+@pytest.mark.parametrize("name", DENSE)
+def test_first_direction(name: str, fisher: Any, norm: Any) -> None:
+    """D = -(F + lam I)^{-1} g per layer, lam from the gradient norm of the model or of the layer."""
+    formula, tolerance, regularized = DENSE[name]
+    model, (x, y), lr = mlp(5, 4, 3), stream(1, 12, 5)[0], 0.3
+    blocks = measure(model, x, y, fisher)
+    norms = [b.gradient.square().sum() for b in blocks]
+    norms = norms if norm == "layer" else [torch.stack(norms).sum()] * len(norms)
+    lam = [LAM0 + regularized * RHO * n for n in norms]
+    expected = as_vector([formula(b, b.gradient, d) for b, d in zip(blocks, lam, strict=True)])
+    rho = {"rho": RHO} if regularized else {}
+    curvature = settings(fisher=fisher, damping=LAM0)
+    with METHODS[name](model, lr=lr, momentum=0.0, norm=norm, curvature=curvature, **rho) as optimizer:
+        moved = displacement(model, lambda: train(optimizer, model, [(x, y)]))
+        assert optimizer.diagnostics["lam"].item() == pytest.approx(lam[0].item(), rel=1e-10)
+    assert relative(moved / lr, expected) < tolerance
+    if formula is not identity:
+        assert relative(expected, as_vector([-b.gradient / d for b, d in zip(blocks, lam, strict=True)])) > 0.1
+
+
+@pytest.mark.parametrize("mode", ["double", "finite", "ggn"])
+def test_reng_first_direction(mode: str) -> None:
+    """-(F + lam0 I)^{-1} gt: "double" with H from torch.func, "finite" with its difference quotient, whose distance to
+    rho H g is linear in eps = 1e-2, "ggn" with F in place of H."""
+    model, (x, y), lr, eps = mlp(5, 4, 3), stream(1, 12, 5)[0], 0.3, 1e-2
+    blocks, theta, f = measure(model, x, y, "exact"), vector(model), flat_loss(model, x, y)
+    g, H = grad(f)(theta), hessian(f)(theta)
+    quotient = (grad(f)(theta + eps * g / g.norm()) - g) / eps * g.norm()
+    in_blocks = as_vector([(kron(b) @ b.gradient.flatten()).view_as(b.gradient) for b in blocks])
+    product = {"double": H @ g, "finite": quotient, "ggn": in_blocks}[mode]
+    gt = as_matrices(g + RHO * product, blocks)
+    lam = torch.tensor(LAM0, dtype=torch.float64)
+    expected = as_vector([eigen(b, G, lam) for b, G in zip(blocks, gt, strict=True)])
+    curvature = settings(fisher="exact", damping=LAM0)
+    with METHODS[f"reng-{mode}"](model, lr=lr, rho=RHO, momentum=0.0, curvature=curvature) as optimizer:
+        moved = displacement(model, lambda: train(optimizer, model, [(x, y)]))
+    assert relative(moved / lr, expected) < 1e-9
+    assert relative(RHO * product, g) > 0.1
+    if mode == "finite":
+        assert 1e-6 < relative(quotient, H @ g) < eps
+
+
+def drawn_labels(optimizer: GRNG) -> list[Tensor]:
+    """Notes the labels that the Fisher draws: at the output e = p - onehot(label)."""
+    labels: list[Tensor] = []
+    observe = optimizer._preconditioner.observe
+
+    def note(layer: Any, statistics: Any) -> None:
+        if layer.name == "2":
+            labels.append(statistics.e.flatten(0, 2).argmin(1))
+        observe(layer, statistics)
+
+    optimizer._preconditioner.observe = note  # type: ignore[method-assign]
+    return labels
+
+
+@pytest.mark.parametrize("rho", [0.0, 2.0])
+@pytest.mark.parametrize(("gamma", "p_max"), [(0.0, 1.0), (0.1, 1.0), (0.1, 20.0)])
+@pytest.mark.parametrize("projection", ["vd", "fd"])
+def test_kalman_first_steps(projection: Any, gamma: float, p_max: float, rho: float) -> None:
+    """theta += -(diag(1/q) + V V^T)^{-1} gs with V made of the labels that were drawn, two steps."""
+    model, groups, p0 = mlp(5, 4, 3), 3, 0.05
+    p = torch.full_like(vector(model), p0)
+    filter_ = Kalman(p0=p0, gamma=gamma, groups=groups, projection=projection, p_max=p_max)
+    with GRNG(model, "kalman", lr=1.0, rho=rho, preconditioner=filter_, curvature=settings()) as optimizer:
+        labels = drawn_labels(optimizer)
+        for x, y in stream(2, 12, 5):
+            truth = measure(model, x, y, "empirical")
+            moved = displacement(model, lambda x=x, y=y: train(optimizer, model, [(x, y)]))
+            model_before = mlp(5, 4, 3)
+            nn.utils.vector_to_parameters(vector(model) - moved, model_before.parameters())
+            drawn = measure(model_before, x, labels[-1], "empirical")
+            V = torch.stack([as_vector([b.e[g::groups].T @ b.x[g::groups] for b in drawn]) for g in range(groups)])
+            mean = as_vector([b.gradient for b in truth])
+            prior = (p / (1 - gamma)).clamp(max=p_max * p0)
+            lam = 12 * rho * mean.square().sum() / (gamma or 1)
+            expected = -torch.linalg.solve(torch.diag(1 / prior + lam) + V.T @ V, 12 * mean)
+            assert relative(moved, expected) < 1e-10
+            precision = torch.diag(1 / prior) + V.T @ V
+            p = 1 / precision.diagonal() if projection == "vd" else torch.linalg.inv(precision).diagonal()
+
+
+@pytest.mark.parametrize("norm", ["global", "layer"])
+def test_grouped_convolution(norm: Any) -> None:
+    """-g / (h + lam) with per-sample gradients from torch.func; a layer's norm is over all of its groups."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Conv2d(4, 6, 2, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(24, 3)).double()
+    x, y = torch.randn(5, 4, 3, 3).double(), torch.randint(3, (5,))
+    named = dict(model.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(functional_call(model, parameters, (x[None],)), y[None])
+
+    rows = vmap(grad(loss), (None, 0, 0))({n: p.detach() for n, p in named.items()}, x, y)
+    squares = {name: row.mean(0).square().sum() for name, row in rows.items()}
+    total = sum(squares.values())
+    before = {name: p.detach().clone() for name, p in named.items()}
+    curvature = settings(fisher="empirical", damping=LAM0)
+    with METHODS["ring-diagonal"](model, lr=1.0, rho=RHO, momentum=0.0, norm=norm, curvature=curvature) as optimizer:
+        train(optimizer, model, [(x, y)])
+    for name, p in named.items():
+        layer = sum(n for other, n in squares.items() if other[0] == name[0])
+        lam = LAM0 + RHO * (layer if norm == "layer" else total)
+        expected = -rows[name].mean(0) / (rows[name].square().mean(0) + lam)
+        assert relative(p.detach() - before[name], expected) < 1e-10, name
+
+
+@pytest.mark.parametrize("name", ["ring", "ring-diagonal", "ring-factored", "kfac", "ekfac"])
+def test_automatic_damping(name: str) -> None:
+    """lam0 = floor * s and rho = strength * s / ||g_0||^2, s the largest curvature of the first batch."""
+    model, batches = mlp(5, 4, 3), stream(2, 12, 5)
+    variant = VARIANTS[METHODS[name].variant]
+    first, *_ = (measure(model, x, y, "exact") for x, y in batches)
+    largest = {
+        "ring-diagonal": max(b.squares.max() for b in first),
+        "ring-factored": max(b.Lambda.trace() * b.Gamma.trace() for b in first),
+        "ekfac": max(
+            b.squares_in(torch.linalg.eigh(b.Gamma)[1], torch.linalg.eigh(b.Lambda)[1]).max() for b in first
+        ),
+    }.get(name, max(torch.linalg.matrix_norm(kron(b), 2) for b in first))
+    norms = []
+    with METHODS[name](model, curvature=settings(fisher="exact")) as optimizer:
+        for batch in batches:
+            norms.append(sum(b.gradient.square().sum() for b in measure(model, *batch, "exact")))
+            train(optimizer, model, [batch])
+            expected = (variant.floor + variant.strength * norms[-1] / norms[0]) * largest
+            assert optimizer.diagnostics["lam"].item() == pytest.approx(expected.item(), rel=1e-9)
+    assert norms[1] != norms[0]
+
+
+def quadratic(name: str, b: Block, D: Tensor) -> Tensor:
+    """<D, F D>; of the filter, which has no F, its stand-in -<D, g>."""
+    if name == "ring-diagonal":
+        return (b.squares * D.square()).sum()
+    if name == "ekfac":
+        U_g, U_l = torch.linalg.eigh(b.Gamma)[1], torch.linalg.eigh(b.Lambda)[1]
+        return (b.squares_in(U_g, U_l) * (U_g.T @ D @ U_l).square()).sum()
+    if name == "ring-identity":
+        return -(D * b.gradient).sum()
+    return D.flatten() @ kron(b) @ D.flatten()
+
+
+@pytest.mark.parametrize("rates", [(0.3, 0.3), (0.3, 0.05)], ids=["one-lr", "two-lr"])
+@pytest.mark.parametrize("share", [0.25, 4.0], ids=["clipped", "free"])
+@pytest.mark.parametrize("name", ["ring", "ring-factored", "reng-ggn", "kfac", "ekfac", "ring-diagonal", "ring-identity"])
+def test_kl_clip(name: str, share: float, rates: tuple[float, float]) -> None:
+    """nu = min(1, sqrt(kappa / (sum over layers of lr^2 <D, F D>))), each layer with the lr of its group."""
+    x, y = stream(1, 12, 5)[0]
+    clean, clipped = mlp(5, 4, 3), mlp(5, 4, 3)
+    blocks = measure(clean, x, y, "exact")
+
+    def move(model: nn.Sequential, kl_clip: float | None) -> tuple[Tensor, float]:
+        groups = [{"params": model[i].parameters(), "lr": rate} for i, rate in zip((0, 2), rates, strict=True)]
+        curvature = settings(fisher="exact", damping=LAM0, kl_clip=kl_clip)
+        with METHODS[name](model, params=groups, momentum=0.0, curvature=curvature) as optimizer:
+            moved = displacement(model, lambda: train(optimizer, model, [(x, y)]))
+            return moved, optimizer.diagnostics["kl_scale"].item()
+
+    free, one = move(clean, None)
+    length = sum(quadratic(name, b, D) for b, D in zip(blocks, as_matrices(free, blocks), strict=True))
+    if name == "ring-identity":  # linear in the step: one lr is still to be multiplied
+        pairs = zip(blocks, as_matrices(free, blocks), rates, strict=True)
+        length = sum(lr * quadratic(name, b, D) for b, D, lr in pairs)
+    moved, nu = move(clipped, share * length.item())
+    assert one == 1
+    assert nu == pytest.approx(min(1, share**0.5), rel=1e-9)
+    assert relative(moved, min(1, share**0.5) * free) < 1e-9
+
+
+@methods()
+def test_learning_rate_of_a_group(method: Method) -> None:
+    """The second layer's step is scaled by its own lr, the direction is the same."""
+    batch, moves = stream(1)[0], []
+    for rate in (0.3, 0.1):
+        model = mlp(4, 4, 3)
+        groups = [{"params": model[0].parameters(), "lr": 0.3}, {"params": model[2].parameters(), "lr": rate}]
+        with method(model, params=groups, curvature=settings()) as optimizer:
+            moves.append(displacement(model, lambda m=model, o=optimizer: train(o, m, [batch])))
+    first = sum(p.numel() for p in mlp(4, 4, 3)[0].parameters())
+    assert torch.equal(moves[0][:first], moves[1][:first])
+    assert relative(moves[1][first:], moves[0][first:] / 3) < 1e-12
+
+
+@methods()
+def test_momentum(method: Method) -> None:
+    """m <- mu m + D: the second step with momentum is the one without, plus lr mu times the first."""
+    batches, lr, mu, seconds, firsts = stream(2), 0.05, 0.7, [], []
+    for momentum in (0.0, mu):
+        model = mlp(4, 4, 3)
+        with method(model, lr=lr, momentum=momentum, curvature=settings()) as optimizer:
+            firsts.append(displacement(model, lambda m=model, o=optimizer: train(o, m, batches[:1])))
+            seconds.append(displacement(model, lambda m=model, o=optimizer: train(o, m, batches[1:])))
+    assert relative(firsts[1], firsts[0]) < 1e-14
+    assert relative(seconds[1] - seconds[0], mu * firsts[0]) < 1e-10
+
+
+@methods()
+def test_weight_decay(method: Method) -> None:
+    """theta <- (1 - lr wd) theta + lr m for every parameter, the fallback's too."""
+    batch, lr, decay, moves = stream(1)[0], 0.05, 0.4, []
+    for weight_decay in (0.0, decay):
+        model = mixed()
+        theta = vector(model)
+        with method(model, lr=lr, weight_decay=weight_decay, curvature=settings()) as optimizer:
+            moves.append(displacement(model, lambda m=model, o=optimizer: train(o, m, [batch])))
+    assert relative(moves[1] - moves[0], -lr * decay * theta) < 1e-10
+
+
+def test_identity_with_momentum_is_sgd() -> None:
+    ours, theirs, batches = mlp(4, 5, 3), mlp(4, 5, 3), stream(10)
+    sgd = torch.optim.SGD(theirs.parameters(), lr=0.2, momentum=0.8)
+    with GRNG(ours, "kfac", preconditioner="identity", lr=0.2, momentum=0.8, curvature=settings()) as optimizer:
+        train(optimizer, ours, batches)
+    for x, y in batches:
+        sgd.zero_grad()
+        cross_entropy(theirs(x), y).backward()
+        sgd.step()
+    assert relative(vector(ours), vector(theirs)) < 1e-12
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("kind", ["LayerNorm", "BatchNorm"])
+def test_fallback_is_adamw(kind: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Parameters without factors move as under torch.optim.AdamW(weight_decay=0), given the same gradients."""
+    model = mixed(dtype) if kind == "LayerNorm" else cnn(dtype)
+    shape = (4,) if kind == "LayerNorm" else (1, 6, 6)
+    own = list(model[1].parameters())
+    copies = [nn.Parameter(p.detach().clone()) for p in own]
+    start = torch.cat([p.detach().clone() for p in own])
+    adamw = torch.optim.AdamW(copies, lr=0.02, weight_decay=0)
+    with GRNG(model, "kfac", fallback_lr=0.02) as optimizer:
+        for _ in range(20):
+            train(optimizer, model, [(torch.randn(6, *shape, dtype=dtype), torch.randint(3, (6,)))])
+            for p, copy in zip(own, copies, strict=True):
+                assert p.grad is not None
+                copy.grad = p.grad.clone()
+            adamw.step()
+            assert relative(torch.cat([*own]).detach(), torch.cat(copies).detach()) < tolerance
+    assert relative(start, torch.cat([*own]).detach()) > 0.05
+
+
+class Recording(KFAC):
+    """K-FAC that notes at which step it observes, refreshes and decomposes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.calls: dict[str, list[int]] = {"observe": [], "refresh": [], "decompose": []}
+
+    def observe(self, layer: Any, statistics: Any) -> None:
+        if layer.name == "0":
+            self.calls["observe"].append(self.now)
+        super().observe(layer, statistics)
+
+    def refresh(self, batch: Any, decompose: bool) -> None:
+        self.calls["refresh"].append(self.now)
+        self.calls["decompose"] += [self.now] * decompose
+        super().refresh(batch, decompose)
+
+
+class EveryStep(Recording):
+    every_step = True
+
+
+ALL = list(range(20))
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "observed", "decomposed"),
+    [
+        (Recording, {"stats_every": 1, "burn_in": 0}, ALL, ALL),
+        (Recording, {"stats_every": 5, "burn_in": 0}, [0, 5, 10, 15], [0, 5, 10, 15]),
+        (Recording, {"stats_every": 3, "inverse_every": 6, "burn_in": 0}, [0, 3, 6, 9, 12, 15, 18], [0, 6, 12, 18]),
+        (Recording, {"stats_every": 4, "inverse_every": 6, "burn_in": 0}, [0, 4, 8, 12, 16], [0, 8, 12]),
+        (Recording, {"stats_every": 6, "inverse_every": 2, "burn_in": 0}, [0, 6, 12, 18], [0, 6, 12, 18]),
+        (Recording, {"stats_every": 8, "burn_in": 6}, [0, 1, 2, 3, 4, 5, 8, 16], [0, 1, 2, 4, 8, 16]),
+        (EveryStep, {"stats_every": 5, "inverse_every": 10, "burn_in": 0}, ALL, [0, 10]),
+    ],
+)
+def test_schedule(kind: type[Recording], config: dict[str, int], observed: list[int], decomposed: list[int]) -> None:
+    """Statistics every `stats_every` steps, decompositions at the first of them in each period of `inverse_every`;
+    during burn-in at every step, and at steps 0, 1, 2, 4, 8, ..."""
+    model, recording = mlp(4, 5, 3), kind()
+    with GRNG(model, "kfac", preconditioner=recording, curvature=Curvature(**config)) as optimizer:  # type: ignore[arg-type]
+        for recording.now, batch in enumerate(stream(20)):
+            train(optimizer, model, [batch])
+        assert optimizer.diagnostics["refreshes"].item() == len(observed)
+    assert recording.calls == {"observe": observed, "refresh": observed, "decompose": decomposed}
+
+
+def test_average_and_stale_factors() -> None:
+    """Between measurements the direction is made with the last factors; b = 0.5 weighs the second batch by 2/3."""
+    model, batches, b = mlp(5, 4, 3), stream(4, 12, 5), 0.5
+    curvature = settings(fisher="exact", damping=LAM0, ema=b, stats_every=2, burn_in=0)
+    with GRNG(model, "kfac", lr=0.1, momentum=0.0, curvature=curvature) as optimizer:
+        factors: list[tuple[Tensor, Tensor]] = []
+        for t, (x, y) in enumerate(batches):
+            blocks = measure(model, x, y, "exact")
+            if t == 0:
+                factors = [(block.Lambda, block.Gamma) for block in blocks]
+            elif t == 2:
+                new = [(block.Lambda, block.Gamma) for block in blocks]
+                factors = [(L / 3 + 2 * nL / 3, G / 3 + 2 * nG / 3) for (L, G), (nL, nG) in zip(factors, new, strict=True)]
+            lam = torch.tensor(LAM0, dtype=torch.float64)
+            expected = [
+                damped(torch.kron(Gamma, Lambda), lam, block.gradient)
+                for block, (Lambda, Gamma) in zip(blocks, factors, strict=True)
+            ]
+            moved = displacement(model, lambda x=x, y=y: train(optimizer, model, [(x, y)]))
+            assert relative(moved / 0.1, as_vector(expected)) < 1e-10
