@@ -68,6 +68,18 @@ class AttachedOptimizer(Optimizer):
         self._preconditioner.observe(layer, statistics)
         self._fresh.add(layer)
 
+    def _forget(self) -> None:
+        """Drop what was measured for this step."""
+        self._current, self._fresh = set(), set()
+        self._preconditioner.discard()
+        self._capture.forget()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; what was measured along with these gradients is dropped with them."""
+        super().zero_grad(set_to_none)
+        if self._capture.collecting:  # not in the second pass of a step
+            self._forget()
+
     def _due(self) -> bool:
         """Whether the coming step measures."""
         t = self._steps

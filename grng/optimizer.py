@@ -149,9 +149,14 @@ class GRNG(AttachedOptimizer):
                 )
             loss, gradients = None, self._plain_gradients()
         else:
-            loss, gradients = self._evaluate(closure)
-            if loss is None:
-                raise RuntimeError("the closure returned None: it must return the loss that it called backward() on")
+            try:
+                loss, gradients = self._evaluate(closure)
+                if loss is None:
+                    raise RuntimeError("the closure returned None: it must return the loss that it called backward() on")
+            except BaseException:
+                self._forget()
+                self._capture.finish_step(self._due())
+                raise
         with torch.no_grad():
             self._update(gradients)
         return loss
@@ -204,11 +209,6 @@ class GRNG(AttachedOptimizer):
 
     def _new_layers(self) -> bool:
         return bool(self._layers) and (not self._observed or not self._fresh <= self._observed)
-
-    def _forget(self) -> None:
-        """Drop what was measured for this step."""
-        self._current, self._fresh = set(), set()
-        self._preconditioner.discard()
 
     def _refresh(self, ok: Tensor, square_norm: Tensor) -> None:
         """Fold this step's statistics in; on the device, those of a gradient that is not finite are left out."""

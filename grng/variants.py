@@ -36,11 +36,11 @@ class Variant:
 
 
 VARIANTS: dict[str, Variant] = {
-    "ring": Variant("kfac", "damping", lr=0.1, momentum=0.9, strength=0.3, floor=0.3, kl_clip=1e-3),
-    "reng": Variant("kfac", "penalty", lr=0.1, momentum=0.9, strength=0.1, floor=1.0, kl_clip=1e-3),
-    "kalman": Variant("kalman", "damping", lr=1.0, momentum=0.0, strength=0.3),
-    "kfac": Variant("kfac", None, lr=0.1, momentum=0.9, floor=2.0, kl_clip=1e-3),
-    "ekfac": Variant("ekfac", None, lr=0.1, momentum=0.9, floor=2.0, kl_clip=1e-3),
+    "ring": Variant("kfac", "damping", lr=0.1, momentum=0.9, strength=0.1, floor=0.3, kl_clip=1e-3),
+    "reng": Variant("kfac", "penalty", lr=0.1, momentum=0.9, strength=0.01, floor=1.0, kl_clip=1e-3),
+    "kalman": Variant("kalman", "damping", lr=1.0, momentum=0.0, strength=0.1),
+    "kfac": Variant("kfac", None, lr=0.1, momentum=0.9, floor=1.0, kl_clip=1e-3),
+    "ekfac": Variant("ekfac", None, lr=0.1, momentum=0.9, floor=1.0, kl_clip=1e-3),
 }
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from grng.curvature.engines import HooksEngine, Pair
+from grng.curvature.engines import HooksEngine, Pair, Staying
 from grng.curvature.layers import Layer
 
 if TYPE_CHECKING:
@@ -99,8 +99,12 @@ class BackpackEngine(HooksEngine):
         self._extended = [m for m in self._by_module if not getattr(m, "_backpack_extend", False)]
         for module in self._extended:
             self._backpack.extend(module)
+            del module._backpack_extend  # left behind or in a copy, it would make an extend() a silent no-op
         self.handles = self._context.hook_handles[known:]
         del self._context.hook_handles[known:]
+        for handle in self.handles:  # a copy of the model is not to run BackPACK's
+            hooks = handle.hooks_dict_ref()
+            hooks[handle.id] = Staying(hooks[handle.id])
 
     def finish(self, current: "Pass", output: Tensor) -> None:
         """Take the inputs over: on the modules they would be overwritten by the next forward pass."""
@@ -167,7 +171,6 @@ class BackpackEngine(HooksEngine):
         self.handles.clear()
         for module in self._extended:
             self._backpack.memory_cleanup(module)
-            del module._backpack_extend  # left behind, it would make the next extend() a silent no-op
         self._extended = []
 
     def close(self) -> None:

@@ -24,6 +24,8 @@ from grng.curvature.likelihood import CODES, Gaussian, Likelihood, Reading, Unre
 from grng.curvature.statistics import Statistics
 from grng.errors import GRNGWarning, invalid
 
+MODIFIED = "the model's output was modified in place before the loss"
+
 
 @dataclass
 class Context:
@@ -103,10 +105,12 @@ class Capture:
         self.likelihood_reason = "not seen yet"
         self._busy = False
         self._decided = False
+        self._unreadable = False  # the step's output gradient is zero or not finite: there is nothing to check against
         self._empirical = config.fisher == "empirical"
         self._loss_scale: Tensor | None = None  # predictions / N, of the last gradient that fitted the likelihood
         self._generators: dict[torch.device, torch.Generator] = {}
         self._checks: dict[Layer, Tensor] = {}
+        self._delivered: set[Layer] = set()
         self._before: dict[nn.Parameter, Tensor | None] = {}
         self._after: dict[nn.Parameter, Tensor] = {}
         self._precision: dict[Layer, tuple[float, Tensor | float]] = {}
@@ -114,6 +118,8 @@ class Capture:
         self._handles = [
             model.register_forward_pre_hook(Hook(self, "_enter")),
             model.register_forward_hook(Hook(self, "_leave"), always_call=True),
+            # Says on every part that the model is taken, and costs no pass.
+            *[module.register_state_dict_pre_hook(Hook(self, "_taken")) for module in model.modules()],
         ]
         self._check_handles = [
             p.register_post_accumulate_grad_hook(Hook(self, "_note_gradient"))
@@ -135,6 +141,9 @@ class Capture:
             for p in layer.parameters if layer.status == "pending" else ():
                 if p not in self._before:
                     self._before[p] = None if p.grad is None else p.grad.detach().clone()
+
+    def _taken(self, *state_dict: Any) -> None:
+        pass
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         current, self.current = self.current, None
@@ -161,11 +170,15 @@ class Capture:
         place = GradientEdge(torch._C._current_autograd_node(), number)
         with torch.no_grad(), self._nested():
             gradient = gradient.detach()
-            if not self._decided and not self._decide(f, gradient):
+            for p in self._before.keys() - self._after.keys():  # they may have been zeroed since the forward pass
+                self._before[p] = None if p.grad is None else p.grad.clone()
+            intact = f._version == version
+            if not self._decided and not self._decide(f, gradient, intact):
+                self._unreadable = True
                 return
-            if f._version != version and not self._empirical:
-                self._fall_back("the model's output was modified in place before the loss")
-            reading = self._read(f, gradient)
+            if not intact and not self._empirical:
+                self._fall_back(MODIFIED)
+            reading = self._read(f, gradient, intact)
             current.context.normaliser = reading.normaliser
             current.context.offset = self.batch.samples if self.batch else 0
             self._count(reading, f)
@@ -215,6 +228,7 @@ class Capture:
         if self.config.sharing == "reduce":
             statistics = statistics.reduced()
         statistics.offset = context.offset
+        self._delivered.add(layer)
         self.sink(layer, statistics)
 
     @contextmanager
@@ -236,7 +250,7 @@ class Capture:
 
     # The likelihood.
 
-    def _decide(self, f: Tensor, gradient: Tensor) -> bool:
+    def _decide(self, f: Tensor, gradient: Tensor, intact: bool) -> bool:
         """Settle the likelihood by the first gradient that is finite and not zero: the only look at values."""
         size = float(gradient.norm())
         if not 0 < size < float("inf"):
@@ -246,6 +260,9 @@ class Capture:
         if f.ndim == 0:
             self.likelihood = Unread()
             self._fall_back("the model returns a scalar: its outputs are not seen", self.config.likelihood != "auto")
+        elif not intact:
+            self.likelihood = Unread()
+            self._fall_back(MODIFIED)
         elif name == "auto":
             self.likelihood, self.likelihood_reason = detect(f, gradient)
             if isinstance(self.likelihood, Unread):
@@ -285,7 +302,7 @@ class Capture:
         if warn and self.config.fisher != "empirical":
             warnings.warn(f"GRNG uses the empirical Fisher: {why}", GRNGWarning, stacklevel=2)
 
-    def _read(self, f: Tensor, gradient: Tensor) -> Reading:
+    def _read(self, f: Tensor, gradient: Tensor, intact: bool) -> Reading:
         """N and the number of predictions; under the fallback, a mean over the rows that receive a gradient."""
         likelihood = self.likelihood
         assert likelihood is not None
@@ -297,7 +314,7 @@ class Capture:
         elif not isinstance(likelihood, Gaussian | Unread):
             # Where everything is predicted right, rounding hides N in the gradient: what was read before holds on.
             known = torch.ones_like(reading.misfit) if self._loss_scale is None else self._loss_scale
-            trusted = reading.misfit < tolerance(f, gradient)
+            trusted = (reading.misfit < tolerance(f, gradient)) & intact
             self._loss_scale = torch.where(trusted, reading.predictions / reading.normaliser, known)
             reading.normaliser = reading.predictions / self._loss_scale
         return reading
@@ -348,6 +365,8 @@ class Capture:
         It looks at values, once a layer.
         """
         failed: list[Layer] = []
+        if self._unreadable:
+            return failed
         pending = [layer for layer in self.layers if layer.status == "pending"]
         if not pending:
             self._remove(self._check_handles)
@@ -366,14 +385,18 @@ class Capture:
             errors = [self._miss(p, mine, relative, float(absolute)) for p, mine in layer.views(self._checks[layer])]
             if any(math.isnan(error) for error in errors):
                 continue  # not finite: the step is skipped, the layer is checked at the next
-            if max(errors) == 0:
-                layer.status = "verified"
-            else:
+            if max(errors) > 0:
                 layer.status = "failed"
                 layer.reason = (
                     f"the captured pair misses the gradient by {max(errors):.2g} (shared or transformed weights)"
                 )
                 failed.append(layer)
+            elif self.batch is not None and layer not in self._delivered:
+                layer.status = "failed"
+                layer.reason = "the loss reaches its weights, but not through the model's output that is read"
+                failed.append(layer)
+            else:
+                layer.status = "verified"
         for layer in failed:
             warnings.warn(
                 f"GRNG trains {layer.name or 'the model'} by the first-order fallback: {layer.reason}",
@@ -393,6 +416,15 @@ class Capture:
         error = float((mine - theirs).norm())
         return 0.0 if error <= relative * size + absolute else error / max(size, 1e-30)
 
+    def forget(self) -> None:
+        """Drop what backward passes have delivered for this step, not the forward passes that wait for theirs."""
+        self.batch = None
+        self._unreadable = False
+        self._delivered.clear()
+        self._checks.clear()
+        self._precision.clear()
+        self._after.clear()
+
     def finish_step(self, collect_next: bool) -> None:
         """Forget this step's passes, and say whether the next one is measured."""
         self.engine.release()
@@ -401,11 +433,8 @@ class Capture:
             self.engine, self.engine_reason = HooksEngine(self), f"not BackPACK: {self.engine.confused}"
             if self.config.capture == "backpack":
                 warnings.warn(f"GRNG captures by hooks, {self.engine_reason}", GRNGWarning, stacklevel=3)
-        self.batch = None
-        self._checks.clear()
-        self._precision.clear()
+        self.forget()
         self._before.clear()
-        self._after.clear()
         self.collecting = collect_next
 
     # State.

@@ -33,7 +33,7 @@ class Curvature:
         stats_every: steps between statistics.
         inverse_every: steps between decompositions or inverses; None: as `stats_every`.
         burn_in: statistics and decompositions at every one of the first steps.
-        damping: the floor lam0; None: 1e-3 of the mean eigenvalue of F, at least 1e-8.
+        damping: the floor lam0; None: relative to the largest eigenvalue of the first batch's F, by the variant.
         kl_clip: kappa of the trust region nu = min(1, sqrt(kappa / (lr^2 D^T F D))); None: no trust region; "auto": the
             variant's own.
         sharing: how a layer used at several positions is treated: `"expand"` (positions count as rows) or `"reduce"`

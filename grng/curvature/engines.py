@@ -6,7 +6,7 @@ capture asks for it, they also deliver the pairs of the user's own backward pass
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,12 +23,28 @@ if TYPE_CHECKING:
 Pair = tuple[Layer, Tensor, Tensor]
 
 
-class Hook:
-    """A bound method as a module hook that neither keeps its owner alive nor travels with a copy of the module.
+class Staying:
+    """A function as a module hook that does not travel with a copy of the module.
 
     A model that is pickled or deep-copied while attached carries an inert hook instead, made of the standard library
     alone, so that it loads where GRNG is not installed.
     """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")  # accepts any arguments and returns None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return nullcontext().__exit__
+
+
+class Hook(Staying):
+    """A bound method as such a hook, which does not keep its owner alive either."""
 
     def __init__(self, owner: Any, method: str, *extra: Any) -> None:
         self.owner, self.method, self.extra = weakref.ref(owner), method, extra
@@ -37,12 +53,6 @@ class Hook:
         owner = self.owner()
         if owner is not None:
             getattr(owner, self.method)(*self.extra, *args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (nullcontext(), "__exit__")  # accepts any arguments and returns None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return nullcontext().__exit__
 
 
 class Use(NamedTuple):

@@ -200,7 +200,7 @@ def detect(f: Tensor, gradient: Tensor) -> tuple[Likelihood, str]:
         reading = likelihood.read(f, gradient)
         if float(reading.misfit) < limit:
             if int((gradient != 0).sum()) <= likelihood.fits_any and abs(float(reading.normaliser) - 1) > limit:
-                return Unread(), (
+                return Unread(likelihood.class_dim), (
                     "the first output gradient is a single number, which fits any likelihood at some scale: "
                     "declare Curvature(likelihood=...)"
                 )

@@ -20,7 +20,7 @@ def check_model(model: nn.Module) -> None:
             "model itself, and choose parameters with params="
         )
     for name, module in model.named_modules():
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        hooks = module._state_dict_pre_hooks.values()
         if any(isinstance(hook, Hook) and hook.owner() is not None for hook in hooks):
             raise RuntimeError(
                 f"another GRNG optimizer is attached to {name or 'this model'}: call its close() first (two would "

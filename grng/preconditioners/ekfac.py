@@ -1,5 +1,6 @@
 """EKFAC: K-FAC's eigenbasis with the second moments that the gradients really have in it."""
 
+import torch
 from torch import Tensor
 
 from grng.curvature import Batch, Layer, Statistics

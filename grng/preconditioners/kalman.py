@@ -14,7 +14,7 @@ from grng.preconditioners.base import Group, Preconditioner
 from grng.preconditioners.registry import register_preconditioner
 
 PROJECTIONS = ("vd", "fd")
-START = 1.0  # of the prior's variance, times the largest information of the first batch
+START = 3.0  # of the prior's variance, times the largest information of the first batch
 
 
 @register_preconditioner("kalman")
@@ -32,7 +32,7 @@ class Kalman(Preconditioner):
     lam_K = B lam / gamma, lam being RING's rho ||g||^2, so that equal rho and lr = gamma mean the same.
 
     Args:
-        p0: variance of every parameter at the start; None: settled by the first batch, p0 lambda_max(V^T V) = 1, so
+        p0: variance of every parameter at the start; None: settled by the first batch, p0 lambda_max(V^T V) = 3, so
             that the first step is bold and stable whatever the scale of the loss, the batch or the model.
         gamma: forgetting in [0, 1): the share of the information lost a step. At once the learning rate and the decay
             of the running Fisher; 0 accumulates for ever, which stationary data want and deep networks do not.
@@ -72,25 +72,28 @@ class Kalman(Preconditioner):
         start = self.p0 or 0.0  # zero: not settled yet
         self.p = self.buffer("p", lambda group: (group.n_out, group.n_in), start)
         self.start = self.buffer("p0", lambda group: (), start)
+        self._settled = self.p0 is not None
         self._V: list[Tensor | None] = [None] * len(self.groups)
         self._prior: list[Tensor] = []
         self._batch: Batch | None = None
 
     def observe(self, layer: Layer, statistics: Statistics) -> None:
+        columns, p = statistics.group_gradients(self.columns), self.p.values[layer.group]
         V = self._V[layer.group]
+        if V is None and layer.blocks == len(p):
+            self._V[layer.group] = columns
+            return
         if V is None:
-            shape = (self.columns, *self.p.values[layer.group].shape)
-            V = self._V[layer.group] = self.p.values[layer.group].new_zeros(shape)
-        V[:, layer.slots] += statistics.group_gradients(self.columns)
+            V = self._V[layer.group] = p.new_zeros(self.columns, *p.shape)
+        V[:, layer.slots] += columns
 
     def refresh(self, batch: Batch, decompose: bool) -> None:
         """Predict, and propagate the covariance through the batch; an invalid batch leaves it as it was."""
         self._batch = batch
         self._V = [
-            p.new_zeros(self.columns, *p.shape) if V is None else torch.where(batch.valid, V, 0)
-            for p, V in zip(self.p.values, self._V, strict=True)
+            p.new_zeros(self.columns, *p.shape) if V is None else V for p, V in zip(self.p.values, self._V, strict=True)
         ]
-        if self.p0 is None:
+        if not self._settled:
             self._settle(batch.valid)
         caps = [self.p_max * start.view(-1, 1, 1) for start in self.start.values]
         self._prior = [torch.minimum(p / (1 - self.gamma), cap) for p, cap in zip(self.p.values, caps, strict=True)]
@@ -105,13 +108,15 @@ class Kalman(Preconditioner):
             p.copy_(torch.where(batch.valid, posterior.view_as(p), p))
 
     def _settle(self, valid: Tensor) -> None:
-        rows = [V.flatten(1) for V in self._flat_V()]
-        largest = torch.linalg.eigvalsh(torch.stack([V @ V.mT for V in rows]).sum(0))[-1]
+        """p0 from the first valid batch; it looks at values until there was one."""
+        gram = torch.stack([V.flatten(1) @ V.flatten(1).mT for V in self._flat_V()]).sum(0)
+        largest = torch.linalg.eigvalsh(torch.where(valid, gram, 0))[-1]
         p0 = START / largest.clamp(min=torch.finfo(largest.dtype).tiny)
         for start, p in zip(self.start.values, self.p.values, strict=True):
-            first = (start == 0) & valid & torch.isfinite(p0)
+            first = (start == 0) & valid
             start.copy_(torch.where(first, p0, start))
             p.copy_(torch.where(first.view(-1, 1, 1), p0, p))
+        self._settled = bool(valid)
 
     def _flat_V(self) -> list[Tensor]:
         return [V for V in self._V if V is not None]
@@ -143,3 +148,7 @@ class Kalman(Preconditioner):
     def discard(self) -> None:
         self._V = [None] * len(self.groups)
         self._batch = None
+
+    def load_state(self, layer: Layer, state: dict[str, Tensor]) -> None:
+        super().load_state(layer, state)
+        self._settled = self._settled or bool((state["p0"] > 0).all())

@@ -175,7 +175,7 @@ def live_hooks(model: nn.Module) -> int:
     """Hooks of any kind on the modules and parameters of a model."""
     count = 0
     for module in model.modules():
-        count += len(module._forward_hooks) + len(module._forward_pre_hooks)
+        count += len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._state_dict_pre_hooks)
         count += len(module._backward_hooks) + len(module._backward_pre_hooks)
     for p in model.parameters():
         count += len(p._backward_hooks or {}) + len(getattr(p, "_post_accumulate_grad_hooks", None) or {})

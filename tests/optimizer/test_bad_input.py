@@ -188,8 +188,9 @@ def test_two_optimizers_on_one_model(second: str) -> None:
     with GRNG(first, "kfac", params=whole[0].parameters()) as optimizer:
         with pytest.raises(RuntimeError, match=r"another GRNG optimizer is attached.*close\(\).*groups"):
             GRNG(other)
-        assert train(optimizer, whole, stream(3))[-1] > 0
-        assert optimizer.diagnostics["refreshes"].item() == (0 if second == "whole" else 3)
+        before = vector(whole[0])
+        train(optimizer, whole, stream(1))
+        assert not torch.equal(vector(whole[0]), before)
     GRNG(other).close()
 
 
@@ -267,7 +268,7 @@ def test_batch_that_is_not_finite(method: Method, at: int, value: float) -> None
     not been there: to the bit where no labels are drawn."""
     batches = stream(4)
     fisher = "mc" if method.kalman else "exact"
-    curvature = Curvature(fisher=fisher, stats_every=1)
+    curvature = Curvature(fisher=fisher, stats_every=1, burn_in=0)
     models = mixed(), mixed()
     with method(models[0], curvature=curvature, momentum=0.5, weight_decay=0.1) as optimizer:
         for i, batch in enumerate(batches):
@@ -275,7 +276,7 @@ def test_batch_that_is_not_finite(method: Method, at: int, value: float) -> None
                 before, weights = tensors_of(optimizer), vector(models[0])
                 train(optimizer, models[0], [spoiled(batch, value)])
                 after = tensors_of(optimizer)
-                changed = [k for k in before if k in after and not torch.equal(before[k], after[k])]
+                changed = [k for k in before if not before[k].allclose(after[k], rtol=0, atol=0, equal_nan=True)]
                 assert {k.split(".", 1)[1] for k in changed} <= {"grng_steps", "grng_skipped", "fisher_rng"}
                 assert before.keys() == after.keys()
                 assert torch.equal(vector(models[0]), weights)
@@ -377,20 +378,40 @@ def test_loss_scale_that_the_gradient_contradicts() -> None:
         train(optimizer, model, stream(1))
 
 
-def test_closure_that_raises() -> None:
-    """The error comes through, and the optimizer is as before."""
-    for method in METHODS.values():
-        model, batches = mlp(4, 5, 3), stream(2)
-        with method(model) as optimizer:
+ABANDONED = {
+    "closure raises": pytest.raises(KeyError, match="mine"),
+    "closure returns None": pytest.raises(RuntimeError, match="returned None"),
+    "zero_grad": None,
+}
+
+
+@pytest.mark.parametrize("how", ABANDONED)
+@methods()
+def test_abandoned_backward_pass(method: Method, how: str) -> None:
+    """What was measured for a step that did not come is not counted at the next one."""
+    batches, ends = stream(3), []
+    for abandon in (False, True):
+        model = mlp(4, 5, 3)
+        fisher = "mc" if method.kalman else "exact"
+        with method(model, curvature=Curvature(fisher=fisher)) as optimizer:
             train(optimizer, model, batches[:1])
-            before, state = vector(model), tensors_of(optimizer)
+            if abandon:
+                before = vector(model)
+                drawn = tensors_of(optimizer)["0.fisher_rng"]
+                plain = closure_of(optimizer, model, batches[1:2])
 
-            def closure(optimizer: GRNG = optimizer, model: nn.Module = model) -> Tensor:
-                closure_of(optimizer, model, batches[1:])()
-                raise KeyError("mine")
+                def closure(plain: Callable[[], Tensor] = plain) -> None:
+                    plain()
+                    if how == "closure raises":
+                        raise KeyError("mine")
 
-            with pytest.raises(KeyError, match="mine"):
-                optimizer.step(closure)
-            assert torch.equal(vector(model), before)
-            after = tensors_of(optimizer)
-            assert all(torch.equal(state[k], after[k]) for k in state if not k.endswith("fisher_rng"))
+                if how == "zero_grad":
+                    plain()
+                else:
+                    with ABANDONED[how]:
+                        optimizer.step(closure)
+                assert torch.equal(vector(model), before)
+                optimizer._capture.generator(torch.device("cpu")).set_state(drawn)
+            train(optimizer, model, batches[2:])
+        ends.append(vector(model))
+    assert torch.equal(*ends)

@@ -1,0 +1,169 @@
+"""Models that make capture hard, each with what must become of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+
+class Named(nn.Module):
+    """Submodules by name, and a forward pass made of them."""
+
+    def __init__(self, run: Callable[..., Tensor], **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+class OwnLinear(nn.Linear):
+    """A subclass as libraries have them: nothing changes."""
+
+
+@dataclass
+class Case:
+    """A model and its input; `failed` are layers that must fall back visibly, `unseen` parameters without factors."""
+
+    build: Callable[[], nn.Module]
+    inputs: Callable[[int], Tensor] = lambda B: torch.randn(B, 4)
+    failed: set[str] = field(default_factory=set)
+    unseen: dict[str, str] = field(default_factory=dict)
+    reused: bool = False  # a layer is called more than once
+
+
+def linear(n_in: int = 4, n_out: int = 4) -> nn.Linear:
+    return nn.Linear(n_in, n_out)
+
+
+def added_in_place(m: nn.Module, x: Tensor) -> Tensor:
+    h = m.a(x)
+    h += m.b(x).tanh()
+    return m.c(h.relu_())
+
+
+def slice_in_place(m: nn.Module, x: Tensor) -> Tensor:
+    h = m.a(x)
+    h[:, :2] *= 3
+    h[:, 2:].tanh_()
+    return m.c(h)
+
+
+def unrolled(m: nn.Module, x: Tensor) -> Tensor:
+    h = torch.zeros_like(x[:, 0])
+    for t in range(x.shape[1]):
+        h = (m.a(x[:, t]) + m.b(h)).tanh()
+    return m.c(h)
+
+
+def tied() -> nn.Module:
+    model = Named(lambda m, x: m.c(m.b(m.a(x).tanh())), a=linear(), b=linear(), c=linear(4, 3))
+    model.b.weight = model.a.weight
+    return model
+
+
+def adapted() -> nn.Module:
+    """LoRA at its start: the second matrix is zero, so that the first one receives a gradient of zeros."""
+    low, up = nn.Linear(4, 2, bias=False), nn.Linear(2, 3, bias=False)
+    nn.init.zeros_(up.weight)
+    model = Named(lambda m, x: m.base(x) + m.up(m.low(x)), base=linear(4, 3), low=low, up=up)
+    model.base.requires_grad_(False)
+    return model
+
+
+def encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(4, 2, dim_feedforward=6, dropout=0.0, batch_first=True)
+    return nn.Sequential(layer, nn.Flatten(), nn.Linear(12, 3))
+
+
+def hooked() -> nn.Module:
+    """Somebody else's hook replaces a layer's output."""
+    model = nn.Sequential(linear(), nn.Tanh(), linear(4, 3))
+    model[0].register_forward_hook(lambda module, args, output: 2 * output)
+    return model
+
+
+def half_frozen() -> nn.Module:
+    model = nn.Sequential(linear(), nn.Tanh(), linear(), nn.Tanh(), linear(4, 3))
+    model[0].requires_grad_(False)
+    model[2].bias.requires_grad_(False)
+    model[4].weight.requires_grad_(False)
+    return model
+
+
+CASES = {
+    "in-place ReLU": Case(lambda: nn.Sequential(linear(), nn.ReLU(inplace=True), linear(4, 3))),
+    "in-place addition": Case(lambda: Named(added_in_place, a=linear(), b=linear(), c=linear(4, 3))),
+    "in-place on a slice": Case(lambda: Named(slice_in_place, a=linear(), c=linear(4, 3))),
+    "residual": Case(lambda: Named(lambda m, x: m.b(x + m.a(x).tanh()), a=linear(), b=linear(4, 3))),
+    "called twice": Case(
+        lambda: Named(lambda m, x: m.b(m.a(m.a(x).tanh())), a=linear(), b=linear(4, 3)), reused=True
+    ),
+    "recurrent": Case(
+        lambda: Named(unrolled, a=linear(), b=linear(), c=linear(4, 3)), lambda B: torch.randn(B, 3, 4), reused=True
+    ),
+    "keyword-only call": Case(lambda: Named(lambda m, x: m.b(input=m.a(input=x).tanh()), a=linear(), b=linear(4, 3))),
+    "subclass": Case(lambda: nn.Sequential(OwnLinear(4, 4), nn.Tanh(), OwnLinear(4, 3))),
+    "checkpointed": Case(
+        lambda: Named(
+            lambda m, x: m.b(checkpoint(lambda h: m.inner(m.a(h).tanh()).tanh(), x, use_reentrant=False)),
+            a=linear(), inner=linear(), b=linear(4, 3),
+        )
+    ),
+    "the model is a layer": Case(lambda: linear(4, 3)),
+    "a layer within a layer's output": Case(
+        lambda: Named(lambda m, x: m.b(x) * m.a(x).softmax(-1), a=linear(4, 3), b=linear(4, 3))
+    ),
+    "one output broadcast": Case(lambda: Named(lambda m, x: m.a(x) * torch.arange(3.0), a=linear(4, 1))),
+    "adapted": Case(adapted),
+    "partly frozen": Case(half_frozen),
+    "somebody else's hook": Case(hooked),
+    "parametrized weight": Case(
+        lambda: nn.Sequential(parametrizations.weight_norm(linear()), nn.Tanh(), linear(4, 3)),
+        unseen={f"0.parametrizations.weight.original{i}": "no factors" for i in (0, 1)},
+    ),
+    "tied weights": Case(
+        tied,
+        unseen={n: "a weight is shared between a, b" for n in ("a.weight", "a.bias", "b.bias")},
+    ),
+    "functional use": Case(
+        lambda: Named(lambda m, x: m.b(F.linear(x, m.a.weight, m.a.bias)), a=linear(), b=linear(4, 3)), failed={"a"}
+    ),
+    "functional use beside a call": Case(
+        lambda: Named(lambda m, x: m.b(m.a(x) + F.linear(x, m.a.weight)), a=linear(), b=linear(4, 3)), failed={"a"}
+    ),
+    "embedding as output matrix": Case(
+        lambda: Named(lambda m, x: F.linear(m.emb(x).mean(1), m.emb.weight), emb=nn.Embedding(5, 4)),
+        lambda B: torch.randint(5, (B, 3)),
+        failed={"emb"},
+    ),
+    "embedding scaled by frequency": Case(
+        lambda: nn.Sequential(nn.Embedding(5, 4, scale_grad_by_freq=True), nn.Flatten(), linear(12, 3)),
+        lambda B: torch.zeros(B, 3, dtype=torch.long),
+        failed={"0"},
+    ),
+    "attention": Case(
+        lambda: Named(
+            lambda m, x: m.out(m.attention(x, x, x)[0].flatten(1)),
+            attention=nn.MultiheadAttention(4, 2, batch_first=True), out=linear(12, 3),
+        ),
+        lambda B: torch.randn(B, 3, 4),
+        failed={"attention.out_proj"},
+        unseen={n: "no factors for MultiheadAttention" for n in ("attention.in_proj_weight", "attention.in_proj_bias")},
+    ),
+    "encoder layer": Case(
+        encoder,
+        lambda B: torch.randn(B, 3, 4),
+        failed={"0.self_attn.out_proj"},
+        unseen={
+            **{f"0.self_attn.in_proj_{n}": "no factors for MultiheadAttention" for n in ("weight", "bias")},
+            **{f"0.norm{i}.{n}": "no factors for LayerNorm" for i in (1, 2) for n in ("weight", "bias")},
+        },
+    ),
+}  # fmt: skip

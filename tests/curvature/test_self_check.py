@@ -1,0 +1,217 @@
+"""sum e x^T == p.grad: no false alarm where the capture is right, an alarm where it is wrong."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import grng.curvature.layers as layers_module
+from grng import GRNGWarning
+from grng.curvature import Layer
+
+from .harness import ENGINES, Attached, measure
+from .models import CASES
+
+ENGINE = pytest.mark.parametrize("engine", ENGINES)
+
+
+def statuses(layers: dict[str, Layer]) -> set[str]:
+    return {layer.status for layer in layers.values()}
+
+
+def conv_before_norm() -> nn.Module:
+    """The bias of the convolution moves nothing: its gradient is zero up to rounding."""
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    )  # fmt: skip
+
+
+def dead() -> nn.Module:
+    """A layer whose units are all off: its gradient is exactly zero."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    nn.init.constant_(model[0].bias, -100.0)
+    return model
+
+
+def stretched() -> nn.Module:
+    """Weights over fourteen orders of magnitude."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    with torch.no_grad():
+        model[0].weight.mul_(torch.logspace(-12, 2, 5)[:, None])
+    return model
+
+
+def dropped() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.ReLU(), nn.Linear(16, 3))
+
+
+EXACT: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "conv bias before a norm": (conv_before_norm, lambda: torch.randn(6, 2, 5, 5)),
+    "dead units": (dead, lambda: torch.randn(6, 4)),
+    "stretched weights": (stretched, lambda: torch.randn(6, 4)),
+    "dropout": (dropped, lambda: torch.randn(6, 4)),
+    "large inputs": (CASES["in-place ReLU"].build, lambda: 1e6 * torch.randn(6, 4)),
+    "small inputs": (CASES["in-place ReLU"].build, lambda: 1e-9 * torch.randn(6, 4)),
+    "LoRA at its start": (CASES["adapted"].build, lambda: torch.randn(6, 4)),
+    "many rows": (lambda: nn.Sequential(nn.Linear(4, 3)), lambda: torch.randn(5000, 4)),
+    "long sums": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(4000, 3)), lambda: torch.randn(6, 40, 100)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", EXACT)
+def test_no_false_alarm(case: str, dtype: torch.dtype) -> None:
+    build, inputs = EXACT[case]
+    model, x = build().to(dtype), inputs().to(dtype)
+    y = torch.randint(3, (len(x),))
+    seen = measure(model, x, lambda f: cross_entropy(f.float(), y))
+    assert statuses(seen.layers) == {"verified"}
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_no_false_alarm_under_autocast(case: str) -> None:
+    build, inputs = EXACT[case]
+    model, x = build().float(), inputs().float()
+    y = torch.randint(3, (len(x),))
+    attached = Attached(model)
+
+    def work() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = cross_entropy(model(x).float(), y)
+        loss.backward()
+
+    assert statuses(attached.step(work).layers) == {"verified"}
+    attached.capture.close()
+
+
+@ENGINE
+@pytest.mark.parametrize("already", [1e-8, 1.0, 1e8])
+def test_no_false_alarm_under_accumulation(already: float, engine: str) -> None:
+    """What counts is the change of .grad, whatever was in it."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    for p in model.parameters():
+        p.grad = already * torch.randn_like(p)
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    attached = Attached(model, engine)
+
+    def work() -> None:
+        for part in (slice(0, 2), slice(2, 6)):
+            cross_entropy(model(x[part]), y[part]).backward()
+
+    assert statuses(attached.step(work).layers) == {"verified"}
+    attached.capture.close()
+
+
+@ENGINE
+@pytest.mark.parametrize("to_none", [True, False])
+def test_no_false_alarm_where_gradients_are_zeroed_after_the_forward_pass(to_none: bool, engine: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    cross_entropy(model(x), y).backward()
+    attached = Attached(model, engine)
+
+    def work() -> None:
+        loss = cross_entropy(model(x), y)
+        model.zero_grad(set_to_none=to_none)
+        loss.backward()
+
+    assert statuses(attached.step(work).layers) == {"verified"}
+    attached.capture.close()
+
+
+@ENGINE
+def test_clipping_and_unscaling_come_too_late_to_matter(engine: str) -> None:
+    """The check compares what the backward pass left, not what somebody made of it."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    attached = Attached(model, engine)
+
+    def work() -> None:
+        (65536 * cross_entropy(model(x), y)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+    assert statuses(attached.step(work).layers) == {"verified"}
+    attached.capture.close()
+
+
+@ENGINE
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_no_verdict(poison: float, engine: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    attached = Attached(model, engine)
+    seen = attached.step(lambda: (poison * cross_entropy(model(x), y)).backward())
+    assert statuses(seen.layers) == {"pending"}
+    model.zero_grad()
+    seen = attached.step(lambda: cross_entropy(model(x), y).backward())
+    attached.capture.close()
+    assert statuses(seen.layers) == {"verified"}
+
+
+@ENGINE
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_patches_that_ignore_the_padding_mode_are_found(
+    mode: str, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = layers_module.conv_patches
+
+    def with_zeros(module: nn.Module, x: Tensor) -> Tensor:
+        plain = nn.Conv2d(2, 4, 3, padding=1)
+        return known(plain, x)
+
+    monkeypatch.setattr(layers_module, "conv_patches", with_zeros)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, padding_mode=mode), nn.Tanh(), nn.Flatten(), nn.Linear(80, 3))
+    x, y = torch.randn(6, 2, 4, 5), torch.randint(3, (6,))
+    with pytest.warns(GRNGWarning, match=r"trains 0 by the first-order fallback: .* misses the gradient by 0\.\d+"):
+        seen = measure(model, x, lambda f: cross_entropy(f, y), engine)
+    assert (seen.layers["0"].status, seen.layers["3"].status) == ("failed", "verified")
+
+
+def transposed(x: Tensor) -> Tensor:
+    return x.flip(-1)
+
+
+def scaled(x: Tensor) -> Tensor:
+    return 1.01 * x
+
+
+def shifted(x: Tensor) -> Tensor:
+    return x.roll(1, 0)
+
+
+def lost_row(x: Tensor) -> Tensor:
+    return torch.cat([x[:-1], 0 * x[-1:]])
+
+
+@ENGINE
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("wrong", [transposed, scaled, shifted, lost_row])
+def test_a_wrong_input_is_found(
+    wrong: Callable[[Tensor], Tensor], dtype: torch.dtype, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of one in a hundred in one layer's rows is far above the tolerance."""
+    known = Layer.statistics
+    monkeypatch.setattr(
+        Layer, "statistics", lambda self, x, *rest: known(self, wrong(x) if self.name == "2" else x, *rest)
+    )
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+    x, y = torch.randn(6, 4, dtype=dtype), torch.randint(3, (6,))
+    with pytest.warns(GRNGWarning, match="trains 2 by the first-order fallback"):
+        seen = measure(model, x, lambda f: cross_entropy(f, y), engine)
+    assert {name: layer.status for name, layer in seen.layers.items()} == {"0": "verified", "2": "failed"}
+
+
+@ENGINE
+def test_a_layer_is_checked_once(engine: str) -> None:
+    """Once all are verified, the hooks on the parameters are gone and nothing is compared again."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    attached = Attached(model, engine)
+    for hooks in (1, 1, 0):
+        assert all(len(p._post_accumulate_grad_hooks or ()) == hooks for p in model.parameters())
+        attached.step(lambda: cross_entropy(model(x), y).backward())
+        assert not attached.capture._before
+        assert not attached.capture._after
+    attached.capture.close()
