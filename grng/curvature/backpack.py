@@ -1,8 +1,8 @@
 """Capture by BackPACK: our own first-order extension on the leaf modules, active on statistics passes only.
 
-BackPACK keeps its state in class attributes and its inputs and outputs on the modules. So the modules are extended when
-a statistics pass begins and restored after the step, handle by handle, and the extension is switched on from the
-output's hook until the backward pass ends.
+BackPACK keeps its state in class attributes and its inputs and outputs on the modules. So the modules are extended for
+the length of a forward pass only, and restored handle by handle: the graph keeps the hooks that it was built with. The
+extension is switched on from the output's hook until the backward pass ends.
 """
 
 import warnings
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from grng.curvature.engines import HooksEngine, Pair, Staying
+from grng.curvature.engines import FIRING, HooksEngine, Pair
 from grng.curvature.layers import Layer
 
 if TYPE_CHECKING:
@@ -93,27 +93,30 @@ class BackpackEngine(HooksEngine):
 
     def begin(self) -> None:
         """Extend the layers; the handles that BackPACK registers become this engine's own."""
-        if self._extended:
-            return
+        self._restore()
         known = len(self._context.hook_handles)
         self._extended = [m for m in self._by_module if not getattr(m, "_backpack_extend", False)]
         for module in self._extended:
             self._backpack.extend(module)
-            del module._backpack_extend  # left behind or in a copy, it would make an extend() a silent no-op
         self.handles = self._context.hook_handles[known:]
         del self._context.hook_handles[known:]
-        for handle in self.handles:  # a copy of the model is not to run BackPACK's
-            hooks = handle.hooks_dict_ref()
-            hooks[handle.id] = Staying(hooks[handle.id])
 
-    def finish(self, current: "Pass", output: Tensor) -> None:
+    def finish(self, current: "Pass", output: Tensor | None) -> None:
         """Take the inputs over: on the modules they would be overwritten by the next forward pass."""
         for module in self._by_module:
             x = getattr(module, "input0", None)
             if isinstance(x, Tensor):
                 current.inputs[module] = x.detach()
+        self._restore()
+
+    def _restore(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
         for module in self._extended:
             self._backpack.memory_cleanup(module)
+            del module._backpack_extend  # left behind, it would make the next extend() a silent no-op
+        self._extended = []
 
     def _receive(self, module: nn.Module, e: Tensor | None) -> None:
         layer, current = self._by_module.get(module), self._current
@@ -139,8 +142,7 @@ class BackpackEngine(HooksEngine):
     @contextmanager
     def _active(self, *extensions: Any, **settings: Any) -> Iterator[None]:
         with warnings.catch_warnings(), self._backpack.backpack(*extensions, **settings):
-            # The model's input needs no gradient, which torch thinks worth a warning.
-            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            warnings.filterwarnings("ignore", message=FIRING)
             yield
 
     def listen(self, current: "Pass") -> None:
@@ -166,12 +168,7 @@ class BackpackEngine(HooksEngine):
 
     def release(self) -> None:
         self._end()
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
-        for module in self._extended:
-            self._backpack.memory_cleanup(module)
-        self._extended = []
 
     def close(self) -> None:
-        self.release()
+        self._end()
+        self._restore()

@@ -150,11 +150,11 @@ class Capture:
         if current is None:
             return
         f = find_output(output)
+        self.engine.finish(current, f)
         if f is None:
             return
         if f.ndim > 0:
             current.context.batch = f.shape[0]
-        self.engine.finish(current, f)
         values, number, version = f.detach(), f.output_nr, f._version
         f.register_hook(lambda g: self._output_gradient(current, values, number, version, g))
 
@@ -163,9 +163,9 @@ class Capture:
     def _output_gradient(self, current: Pass, f: Tensor, number: int, version: int, gradient: Tensor) -> None:
         if self._busy or not self.collecting:
             return
-        if current.context.closed:  # the graph is walked again: its labels were drawn and its rows counted
-            self.engine.listen(current)
-            return
+        self.engine.listen(current)
+        if current.context.closed or not self.collecting:
+            return  # the graph is walked again: its labels were drawn and its rows counted; or the step is abandoned
         # The node that runs this hook; holding it from the forward pass on would be a cycle through the graph.
         place = GradientEdge(torch._C._current_autograd_node(), number)
         with torch.no_grad(), self._nested():
@@ -189,7 +189,6 @@ class Capture:
             for layer, x, e in current.context.waiting:
                 self._deliver_true(layer, x, e, current.context)
             current.context.waiting.clear()
-        self.engine.listen(current)
         keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()
         torch.autograd.Variable._execution_engine.queue_callback(lambda: current.close(keep_graph))
 

@@ -5,9 +5,11 @@ Both see the same forward pass, record one `Use` per call of a layer, and answer
 capture asks for it, they also deliver the pairs of the user's own backward pass as it runs.
 """
 
+import sys
+import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,30 +23,15 @@ if TYPE_CHECKING:
     from grng.curvature.capture import Capture, Pass
 
 Pair = tuple[Layer, Tensor, Tensor]
+FIRING = "Full backward hook is firing"  # torch's warning where a model's input needs no gradient
 
 
-class Staying:
-    """A function as a module hook that does not travel with a copy of the module.
+class Hook:
+    """A bound method as a module hook that neither keeps its owner alive nor travels with a copy of the module.
 
     A model that is pickled or deep-copied while attached carries an inert hook instead, made of the standard library
     alone, so that it loads where GRNG is not installed.
     """
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (nullcontext(), "__exit__")  # accepts any arguments and returns None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return nullcontext().__exit__
-
-
-class Hook(Staying):
-    """A bound method as such a hook, which does not keep its owner alive either."""
 
     def __init__(self, owner: Any, method: str, *extra: Any) -> None:
         self.owner, self.method, self.extra = weakref.ref(owner), method, extra
@@ -53,6 +40,12 @@ class Hook(Staying):
         owner = self.owner()
         if owner is not None:
             getattr(owner, self.method)(*self.extra, *args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")  # accepts any arguments and returns None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return nullcontext().__exit__
 
 
 class Use(NamedTuple):
@@ -99,8 +92,10 @@ class HooksEngine:
     def begin(self) -> None:
         """Nothing to prepare for a forward pass."""
 
-    def finish(self, current: "Pass", output: Tensor) -> None:
+    def finish(self, current: "Pass", output: Tensor | None) -> None:
         """The last layer's place is the output's own, which the output's hook must not hold; it finds it by itself."""
+        if output is None:
+            return
         node, number = output.grad_fn, output.output_nr
         for i, use in enumerate(current.uses):
             if use.edge.node is node and use.edge.output_nr == number:
@@ -110,7 +105,8 @@ class HooksEngine:
         edges = [place if use.edge.node is None else use.edge for use in current.uses]
         if not edges:
             return
-        found = torch.autograd.grad([place], edges, [gradient], retain_graph=True, allow_unused=True)
+        with _apart():
+            found = torch.autograd.grad([place], edges, [gradient], retain_graph=True, allow_unused=True)
         for use, e in zip(current.uses, found, strict=True):
             if e is not None and use.layer.active:
                 yield use.layer, use.x, e
@@ -125,6 +121,15 @@ class HooksEngine:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """A nested pass that BackPACK, where the user has extended the model, does not take for the user's own."""
+    backpack = sys.modules.get("backpack")
+    with warnings.catch_warnings(), nullcontext() if backpack is None else backpack.backpack(retain_graph=True):
+        warnings.filterwarnings("ignore", message=FIRING)
+        yield
 
 
 def make_engine(name: str, capture: "Capture", model: nn.Module, twice: bool) -> tuple["HooksEngine", str]:
