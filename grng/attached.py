@@ -74,6 +74,19 @@ class AttachedOptimizer(Optimizer):
         self._preconditioner.discard()
         self._capture.forget()
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only while the optimizer is built, when layers are found and hooked into.
+
+        Raises:
+            RuntimeError: it is called later.
+        """
+        if hasattr(self, "_capture"):
+            raise RuntimeError(
+                "param groups cannot be added to a GRNG optimizer, which finds its layers when it is built: call "
+                "close() and build it anew, with the group in params="
+            )
+        super().add_param_group(param_group)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; what was measured along with these gradients is dropped with them."""
         super().zero_grad(set_to_none)
@@ -171,7 +184,8 @@ class AttachedOptimizer(Optimizer):
             self._preconditioner.load_state(layer, state)
             status, observed = (int(v) for v in state["layer_status"])
             if STATUS[status] != "pending":  # what was verified here stays so
-                layer.status, layer.reason = STATUS[status], "as in the checkpoint" if STATUS[status] == "failed" else ""
+                layer.status = STATUS[status]
+                layer.reason = "as in the checkpoint" if layer.status == "failed" else ""
             if observed:
                 self._observed.add(layer)
         shared = self.state[self._first]
@@ -187,8 +201,8 @@ class AttachedOptimizer(Optimizer):
         return f"variant {self.variant!r} with preconditioner {self._preconditioner.name!r}"
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
-        sizes = [[len(group["params"]) for group in groups] for groups in (self.param_groups, state_dict["param_groups"])]
-        if sizes[0] != sizes[1]:
+        own, theirs = ([len(g["params"]) for g in groups] for groups in (self.param_groups, state_dict["param_groups"]))
+        if own != theirs:
             return  # torch says so itself
         saved = self._saved(state_dict)
         if "grng_method" not in saved[self._first]:
@@ -204,8 +218,8 @@ class AttachedOptimizer(Optimizer):
         for (p, name), shape in wanted.items():
             if name not in saved[p] or saved[p][name].shape != shape:
                 raise ValueError(
-                    f"the checkpoint does not fit {self._names[p]} of the model under {self._method}: {name!r} of shape "
-                    f"{tuple(shape)} is expected. {remedy}"
+                    f"the checkpoint does not fit {self._names[p]} of the model under {self._method}: {name!r} of "
+                    f"shape {tuple(shape)} is expected. {remedy}"
                 )
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -139,8 +139,11 @@ class GRNG(AttachedOptimizer):
             what the closure returned.
 
         Raises:
-            RuntimeError: there is no gradient, or no closure where one is needed, or a closure that returns None.
+            RuntimeError: there is no gradient, or no closure where one is needed, or a closure that returns None; or
+                the optimizer was closed.
         """
+        if not self._finalizer.alive:
+            raise RuntimeError("this optimizer was closed and no longer sees its model: build GRNG(model, ...) anew")
         if closure is None:
             if self.requires_closure:
                 raise RuntimeError(
@@ -152,7 +155,7 @@ class GRNG(AttachedOptimizer):
             try:
                 loss, gradients = self._evaluate(closure)
                 if loss is None:
-                    raise RuntimeError("the closure returned None: it must return the loss that it called backward() on")
+                    raise RuntimeError("the closure returned None: it must return the loss it called backward() on")
             except BaseException:
                 self._forget()
                 self._capture.finish_step(self._due())
@@ -305,7 +308,7 @@ class GRNG(AttachedOptimizer):
             if others:
                 clean = [torch.where(ok, gradients[p], 0).to(self._curvature.factor_dtype(p)) for p in others]
                 found = adamw_directions(clean, [self.state[p] for p in others], ok)
-                rate = group["fallback_lr"] * (lr / group["base_lr"] if group["base_lr"] else 1.0)
+                rate = group["fallback_lr"] * (lr / group["base_lr"] if group["base_lr"] else lr != 0)
                 _add_(others, found, rate * gate)
 
     def _momentum(self, params: list[nn.Parameter], directions: list[Tensor], mu: float, gate: Tensor) -> list[Tensor]:

@@ -25,10 +25,10 @@ def ema_(average: Tensor, count: Tensor, new: Tensor, decay: float, observed: Te
     >>> average.flatten().tolist(), count.tolist()
     ([2.0, 0.0], [2.0, 0.0])
     """
-    finite = torch.isfinite(new.flatten(1).sum(1))
+    finite = torch.isfinite(new.reshape(len(new), -1).sum(1))
     use = observed & finite
     count += use
-    shown = count.clamp(min=1)
+    shown = count.clamp(min=1).double()  # in lower precision the first weight is not exactly 1
     weight = 1 / shown if decay == 1 else (1 - decay) / (1 - decay**shown)
     shape = (-1,) + (1,) * (new.ndim - 1)
     weight = torch.where(use, weight, 0).to(average.dtype).view(shape)

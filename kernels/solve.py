@@ -15,7 +15,7 @@ def eigh(stack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Eigendecomposition A = U diag(w) U^T of every member of a stack, negative eigenvalues set to zero.
 
     Args:
-        stack: (k, n, n) symmetric positive semi-definite up to rounding, finite.
+        stack: (k, n, n) symmetric positive semi-definite up to rounding; what is not finite fails.
 
     Returns:
         w (k, n) ascending, U (k, n, n), and a bool (k,) that marks members where every attempt failed; their w and U
@@ -26,30 +26,33 @@ def eigh(stack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     ([1.0, 3.0], [False])
     """
     k, n = stack.shape[0], stack.shape[-1]
-    failed = torch.zeros(k, dtype=torch.bool, device=stack.device)
-    if k > 1 and stack.device.type == "cpu" and n >= _LOOP_ON_CPU_FROM:
-        parts = [_eigh_ladder(member) for member in stack]
-    else:
-        try:
+    try:
+        if k > 1 and stack.device.type == "cpu" and n >= _LOOP_ON_CPU_FROM:
+            w, U = _one_by_one(stack)
+        else:
             w, U = torch.linalg.eigh(stack)
-            return w.clamp_(min=0), U, failed
-        except torch.linalg.LinAlgError:
-            parts = [_eigh_ladder(member) for member in stack]
-    failed = torch.tensor([part is None for part in parts], device=stack.device)
-    nothing = (stack.new_zeros(n), torch.eye(n, dtype=stack.dtype, device=stack.device))
-    w = torch.stack([(part or nothing)[0] for part in parts])
-    U = torch.stack([(part or nothing)[1] for part in parts])
-    return w.clamp_(min=0), U, failed
+    except torch.linalg.LinAlgError:
+        w, U = _one_by_one(stack)
+    # LAPACK does not always complain: of a NaN it may make NaN, or finite garbage.
+    failed = ~(torch.isfinite(w).all(1) & torch.isfinite(stack).flatten(1).all(1))
+    w = torch.where(failed.view(-1, 1), 0, w.clamp_(min=0))
+    return w, torch.where(failed.view(-1, 1, 1), torch.eye(n, dtype=U.dtype, device=U.device), U), failed
 
 
-def _eigh_ladder(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
+def _one_by_one(stack: Tensor) -> tuple[Tensor, Tensor]:
+    w, U = zip(*map(_eigh_ladder, stack), strict=True)
+    return torch.stack(w), torch.stack(U)
+
+
+def _eigh_ladder(matrix: Tensor) -> tuple[Tensor, Tensor]:
     for dtype in (matrix.dtype, torch.float64):
         try:
             w, U = torch.linalg.eigh(matrix.to(dtype))
-            return w.to(matrix.dtype), U.to(matrix.dtype)
         except torch.linalg.LinAlgError:
             continue
-    return None
+        if bool(torch.isfinite(w).all()):
+            return w.to(matrix.dtype), U.to(matrix.dtype)
+    return torch.full_like(matrix[0], torch.nan), matrix
 
 
 def damped_inverse(stack: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:

@@ -71,4 +71,5 @@ def propagate_fd(p: Tensor, V: Tensor, root: Tensor) -> Tensor:
     0.333333
     """
     half = torch.linalg.solve_triangular(root, V, upper=False)
-    return p - p.square() * half.square().sum(0)
+    # Where hardly anything is left, the difference is all rounding: it may be negative.
+    return torch.maximum(p - p.square() * half.square().sum(0), propagate_vd(p, V))

@@ -67,7 +67,7 @@ class BackpackEngine(HooksEngine):
 
     name = "backpack"
 
-    def __init__(self, capture: "Capture") -> None:
+    def __init__(self, capture: "Capture", model: nn.Module) -> None:
         try:
             import backpack
             from backpack.context import CTX
@@ -77,6 +77,7 @@ class BackpackEngine(HooksEngine):
         self._backpack, self._context = backpack, CTX
         self.capture = capture
         self.handles: list[Any] = []
+        self._parameters = list(model.parameters())
         self._by_module = {layer.module: layer for layer in capture.layers}
         self._extended: list[nn.Module] = []
         self._found: list[Pair] | None = None
@@ -93,7 +94,7 @@ class BackpackEngine(HooksEngine):
 
     def begin(self) -> None:
         """Extend the layers; the handles that BackPACK registers become this engine's own."""
-        self._restore()
+        self._restore()  # after a forward pass that was interrupted
         known = len(self._context.hook_handles)
         self._extended = [m for m in self._by_module if not getattr(m, "_backpack_extend", False)]
         for module in self._extended:
@@ -129,8 +130,9 @@ class BackpackEngine(HooksEngine):
             self.capture.receive_true_gradient(layer, x, e, current.context)
 
     def pairs(self, current: "Pass", place: GradientEdge, gradient: Tensor) -> Iterator[Pair]:
-        # BackPACK's module hooks run only where the pass goes through the module: ask for the weights' gradients.
-        weights = [p for layer in self.capture.layers for p in layer.parameters]
+        # BackPACK's module hooks run only where the pass goes through the module, down to its input: ask for the
+        # gradients of all parameters, also of those below that somebody else trains.
+        weights = [p for p in self._parameters if p.requires_grad]
         before, self._current, self._found = self._current, current, []
         try:
             with self._active(self._extension, retain_graph=True):

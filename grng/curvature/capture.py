@@ -138,9 +138,19 @@ class Capture:
         self.current = Pass()
         self.engine.begin()
         for layer in self.layers:
-            for p in layer.parameters if layer.status == "pending" else ():
-                if p not in self._before:
-                    self._before[p] = None if p.grad is None else p.grad.detach().clone()
+            if layer.status == "pending":
+                self._note_before(layer)
+
+    def _note_before(self, layer: Layer) -> None:
+        """Keep the gradients that a backward pass will add to; where those that it left were changed, start anew."""
+        changed = any(p in self._after and not same(p.grad, self._after[p]) for p in layer.parameters)
+        if changed:
+            self._checks.pop(layer, None)
+            self._precision.pop(layer, None)
+        for p in layer.parameters:
+            if changed or p not in self._before:
+                self._before[p] = None if p.grad is None else p.grad.detach().clone()
+                self._after.pop(p, None)
 
     def _taken(self, *state_dict: Any) -> None:
         pass
@@ -468,6 +478,10 @@ class Capture:
         for handle in handles:
             handle.remove()
         handles.clear()
+
+
+def same(a: Tensor | None, b: Tensor) -> bool:
+    return a is not None and torch.equal(a, b)
 
 
 def find_output(output: Any) -> Tensor | None:

@@ -93,13 +93,21 @@ class HooksEngine:
         """Nothing to prepare for a forward pass."""
 
     def finish(self, current: "Pass", output: Tensor | None) -> None:
-        """The last layer's place is the output's own, which the output's hook must not hold; it finds it by itself."""
-        if output is None:
+        """Keep no place that leads back to the output, whose hook holds the uses: that would be a cycle through the
+        graph. The last layer's place is the output's own, which the hook finds by itself; what was made of the output
+        later is not reached from it.
+        """
+        if output is None or output.grad_fn is None:
             return
         node, number = output.grad_fn, output.output_nr
-        for i, use in enumerate(current.uses):
-            if use.edge.node is node and use.edge.output_nr == number:
-                current.uses[i] = use._replace(edge=GradientEdge(None, number))  # type: ignore[arg-type]
+        made = node._sequence_nr()  # type: ignore[attr-defined]
+        current.uses = [
+            use._replace(edge=GradientEdge(None, number))  # type: ignore[arg-type]
+            if use.edge.node is node and use.edge.output_nr == number
+            else use
+            for use in current.uses
+            if use.edge.node._sequence_nr() <= made  # type: ignore[attr-defined]
+        ]
 
     def pairs(self, current: "Pass", place: GradientEdge, gradient: Tensor) -> Iterator[Pair]:
         edges = [place if use.edge.node is None else use.edge for use in current.uses]
@@ -145,8 +153,8 @@ def make_engine(name: str, capture: "Capture", model: nn.Module, twice: bool) ->
     if name == "backpack":
         if twice:
             raise invalid("capture", name, '"hooks" or "auto" where step() takes a second pass')
-        return backpack.BackpackEngine(capture), "asked for"
+        return backpack.BackpackEngine(capture, model), "asked for"
     obstacle = "step() takes a second pass" if twice else backpack.obstacle(model, capture.layers)
     if obstacle is None:
-        return backpack.BackpackEngine(capture), "every module is one that BackPACK carries"
+        return backpack.BackpackEngine(capture, model), "every module is one that BackPACK carries"
     return HooksEngine(capture), f"not BackPACK: {obstacle}"

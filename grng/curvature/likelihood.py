@@ -199,7 +199,9 @@ def detect(f: Tensor, gradient: Tensor) -> tuple[Likelihood, str]:
                 continue
         reading = likelihood.read(f, gradient)
         if float(reading.misfit) < limit:
-            if int((gradient != 0).sum()) <= likelihood.fits_any and abs(float(reading.normaliser) - 1) > limit:
+            usual = (1.0, float(likelihood.read(f, torch.ones_like(f)).predictions))  # of a sum, and of a mean over all
+            known = any(abs(float(reading.normaliser) / n - 1) < limit for n in usual)
+            if int((gradient != 0).sum()) <= likelihood.fits_any and not known:
                 return Unread(likelihood.class_dim), (
                     "the first output gradient is a single number, which fits any likelihood at some scale: "
                     "declare Curvature(likelihood=...)"

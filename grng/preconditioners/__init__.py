@@ -1,6 +1,7 @@
 """Which direction is made of a gradient: the protocol, the registry, and the methods."""
 
 from grng.preconditioners.base import Group, Moment, Preconditioner, Stacked, make_groups
+from grng.preconditioners.conformance import check_preconditioner
 from grng.preconditioners.diagonal import Diagonal
 from grng.preconditioners.ekfac import EKFAC
 from grng.preconditioners.identity import Identity
@@ -19,6 +20,7 @@ __all__ = [
     "Preconditioner",
     "Stacked",
     "available_preconditioners",
+    "check_preconditioner",
     "make_groups",
     "make_preconditioner",
     "register_preconditioner",

@@ -151,4 +151,4 @@ class Kalman(Preconditioner):
 
     def load_state(self, layer: Layer, state: dict[str, Tensor]) -> None:
         super().load_state(layer, state)
-        self._settled = self._settled or bool((state["p0"] > 0).all())
+        self._settled = self.p0 is not None or bool((state["p0"] > 0).all())

@@ -102,7 +102,7 @@ def differentiated_otherwise(model: nn.Module, batches: list[tuple[Tensor, Tenso
     """torch.func on the model, and gradients of its parts that are not a training step."""
     for x, y in batches:
         torch.func.vmap(torch.func.functional_call, (None, None, 0))(model, dict(model.named_parameters()), x)
-        model[0](x).sum().backward(inputs=[torch.ones((), requires_grad=True)]) if False else None
+        torch.autograd.grad(model[0](x).sum(), model[0].weight)
         loss = cross_entropy(model(x), y)
         loss.backward()
 
@@ -220,14 +220,12 @@ def test_a_forward_pass_without_backward_pins_nothing(when: str, case: str, engi
     if when == "verified":
         attached.step(lambda: loss_of(model(x)).backward())
     mine = x.clone()
-    storage, node = mine.untyped_storage(), None
+    storage = mine.untyped_storage()
     before = holders(storage)
     output = model(mine)
-    node = weakref.ref((output if isinstance(output, Tensor) else output[0]).grad_fn)
     assert holders(storage) > before
     del output
     assert holders(storage) == before
-    assert node() is None
     attached.capture.close()
 
 
@@ -316,7 +314,7 @@ def test_an_error_in_the_backward_pass_leaves_a_working_optimizer(engine: str) -
     attached = Attached(model, engine, fisher="exact")
 
     def broken() -> None:
-        f = model[:2](x) if False else model(x)
+        f = model(x)
         f.register_hook(lambda g: 1 / 0)
         cross_entropy(f, y).backward()
 

@@ -23,9 +23,8 @@ def statuses(layers: dict[str, Layer]) -> set[str]:
 
 def conv_before_norm() -> nn.Module:
     """The bias of the convolution moves nothing: its gradient is zero up to rounding."""
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
-    )  # fmt: skip
+    parts = [nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
+    return nn.Sequential(*parts, nn.Flatten(), nn.Linear(4, 3))
 
 
 def dead() -> nn.Module:
@@ -66,7 +65,7 @@ def test_no_false_alarm(case: str, dtype: torch.dtype) -> None:
     build, inputs = EXACT[case]
     model, x = build().to(dtype), inputs().to(dtype)
     y = torch.randint(3, (len(x),))
-    seen = measure(model, x, lambda f: cross_entropy(f.float(), y))
+    seen = measure(model, x, lambda f: cross_entropy(f.to(torch.promote_types(dtype, torch.float32)), y))
     assert statuses(seen.layers) == {"verified"}
 
 
@@ -116,6 +115,22 @@ def test_no_false_alarm_where_gradients_are_zeroed_after_the_forward_pass(to_non
         loss = cross_entropy(model(x), y)
         model.zero_grad(set_to_none=to_none)
         loss.backward()
+
+    assert statuses(attached.step(work).layers) == {"verified"}
+    attached.capture.close()
+
+
+@ENGINE
+@pytest.mark.parametrize("to_none", [True, False])
+def test_no_false_alarm_where_a_first_backward_pass_is_thrown_away(to_none: bool, engine: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    attached = Attached(model, engine)
+
+    def work() -> None:
+        for _ in range(2):
+            model.zero_grad(set_to_none=to_none)
+            cross_entropy(model(x), y).backward()
 
     assert statuses(attached.step(work).layers) == {"verified"}
     attached.capture.close()

@@ -328,7 +328,8 @@ def test_gradients_missing_for_some(method: Method) -> None:
                 model[3].weight.grad = model[1].bias.grad = None
             before = [model[3].weight.detach().clone(), model[1].bias.detach().clone(), model[3].bias.detach().clone()]
             optimizer.step()
-            same = [torch.equal(*pair) for pair in zip(before, (model[3].weight, model[1].bias, model[3].bias), strict=True)]
+            after = model[3].weight, model[1].bias, model[3].bias
+            same = [torch.equal(*pair) for pair in zip(before, after, strict=True)]
             assert same == ([True, True, False] if i in (1, 2) else [False] * 3)
         assert vector(model).isfinite().all()
 
@@ -453,7 +454,8 @@ def test_statistics_are_those_of_the_first_pass(method: Method) -> None:
         model = mixed()
         with chosen(model, curvature=Curvature(fisher="exact")) as optimizer:
             train(optimizer, model, [batch])
-            factors.append([optimizer.state[model[i].weight][name].clone() for i in (0, 3, 5) for name in ("Lambda", "Gamma")])
+            states = [optimizer.state[model[i].weight] for i in (0, 3, 5)]
+            factors.append([state[name].clone() for state in states for name in ("Lambda", "Gamma")])
     for mine, theirs in zip(*factors, strict=True):
         assert relative(mine, theirs) < 1e-12
 

@@ -116,9 +116,8 @@ def as_vector(matrices: list[Tensor]) -> Tensor:
 def as_matrices(theta: Tensor, blocks: list[Block]) -> list[Tensor]:
     sizes = [(b.e.shape[1], b.x.shape[1] - 1) for b in blocks]
     parts = theta.split([n for o, i in sizes for n in (o * i, o)])
-    return [
-        torch.cat([w.view(size), bias[:, None]], 1) for w, bias, size in zip(parts[::2], parts[1::2], sizes, strict=True)
-    ]
+    triples = zip(parts[::2], parts[1::2], sizes, strict=True)
+    return [torch.cat([weight.view(size), bias[:, None]], 1) for weight, bias, size in triples]
 
 
 def flat_loss(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
@@ -231,6 +230,28 @@ def test_kalman_first_steps(projection: Any, gamma: float, p_max: float, rho: fl
             p = 1 / precision.diagonal() if projection == "vd" else torch.linalg.inv(precision).diagonal()
 
 
+def test_kalman_prior_of_the_first_batch() -> None:
+    """Without p0, p0 lambda_max(V^T V) is the same whatever the scale of the inputs, and later batches keep it."""
+    products = []
+    for scale in (1.0, 30.0):
+        model = mlp(5, 4, 3)
+        with GRNG(model, "kalman", rho=0.0, preconditioner=Kalman(groups=3)) as optimizer:
+            labels = drawn_labels(optimizer)
+            for t, (x, y) in enumerate(stream(2, 12, 5)):
+                before = mlp(5, 4, 3)
+                before.load_state_dict(model.state_dict())
+                train(optimizer, model, [(scale * x, y)])
+                p0 = optimizer.state[model[0].weight]["p0"].clone()
+                if t == 0:
+                    drawn = measure(before, scale * x, labels[-1], "empirical")
+                    V = torch.stack([as_vector([b.e[g::3].T @ b.x[g::3] for b in drawn]) for g in range(3)])
+                    products.append((p0 * torch.linalg.matrix_norm(V, 2) ** 2).item())
+                    first = p0
+            assert torch.equal(p0, first)
+    assert products[0] == pytest.approx(products[1], rel=1e-10)
+    assert 0.01 < products[0] < 10
+
+
 @pytest.mark.parametrize("norm", ["global", "layer"])
 def test_grouped_convolution(norm: Any) -> None:
     """-g / (h + lam) with per-sample gradients from torch.func; a layer's norm is over all of its groups."""
@@ -265,9 +286,7 @@ def test_automatic_damping(name: str) -> None:
     largest = {
         "ring-diagonal": max(b.squares.max() for b in first),
         "ring-factored": max(b.Lambda.trace() * b.Gamma.trace() for b in first),
-        "ekfac": max(
-            b.squares_in(torch.linalg.eigh(b.Gamma)[1], torch.linalg.eigh(b.Lambda)[1]).max() for b in first
-        ),
+        "ekfac": max(b.squares_in(torch.linalg.eigh(b.Gamma)[1], torch.linalg.eigh(b.Lambda)[1]).max() for b in first),
     }.get(name, max(torch.linalg.matrix_norm(kron(b), 2) for b in first))
     norms = []
     with METHODS[name](model, curvature=settings(fisher="exact")) as optimizer:
@@ -293,7 +312,7 @@ def quadratic(name: str, b: Block, D: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("rates", [(0.3, 0.3), (0.3, 0.05)], ids=["one-lr", "two-lr"])
 @pytest.mark.parametrize("share", [0.25, 4.0], ids=["clipped", "free"])
-@pytest.mark.parametrize("name", ["ring", "ring-factored", "reng-ggn", "kfac", "ekfac", "ring-diagonal", "ring-identity"])
+@pytest.mark.parametrize("name", [*DENSE, "reng-ggn"])
 def test_kl_clip(name: str, share: float, rates: tuple[float, float]) -> None:
     """nu = min(1, sqrt(kappa / (sum over layers of lr^2 <D, F D>))), each layer with the lr of its group."""
     x, y = stream(1, 12, 5)[0]
@@ -451,7 +470,8 @@ def test_average_and_stale_factors() -> None:
                 factors = [(block.Lambda, block.Gamma) for block in blocks]
             elif t == 2:
                 new = [(block.Lambda, block.Gamma) for block in blocks]
-                factors = [(L / 3 + 2 * nL / 3, G / 3 + 2 * nG / 3) for (L, G), (nL, nG) in zip(factors, new, strict=True)]
+                both = zip(factors, new, strict=True)
+                factors = [(L / 3 + 2 * nL / 3, G / 3 + 2 * nG / 3) for (L, G), (nL, nG) in both]
             lam = torch.tensor(LAM0, dtype=torch.float64)
             expected = [
                 damped(torch.kron(Gamma, Lambda), lam, block.gradient)
