@@ -100,13 +100,13 @@ class HooksEngine:
         if output is None or output.grad_fn is None:
             return
         node, number = output.grad_fn, output.output_nr
-        made = node._sequence_nr()  # type: ignore[attr-defined]
+        made = node._sequence_nr()
         current.uses = [
             use._replace(edge=GradientEdge(None, number))  # type: ignore[arg-type]
             if use.edge.node is node and use.edge.output_nr == number
             else use
             for use in current.uses
-            if use.edge.node._sequence_nr() <= made  # type: ignore[attr-defined]
+            if use.edge.node._sequence_nr() <= made
         ]
 
     def pairs(self, current: "Pass", place: GradientEdge, gradient: Tensor) -> Iterator[Pair]:

@@ -101,10 +101,13 @@ def copied_between(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> No
 def differentiated_otherwise(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
     """torch.func on the model, and gradients of its parts that are not a training step."""
     for x, y in batches:
-        torch.func.vmap(torch.func.functional_call, (None, None, 0))(model, dict(model.named_parameters()), x)
-        torch.autograd.grad(model[0](x).sum(), model[0].weight)
+        own = {name: p.detach() for name, p in model.named_parameters()}
+        one = lambda p, xb, yb: cross_entropy(torch.func.functional_call(model, p, (xb,)), yb)  # noqa: E731
         loss = cross_entropy(model(x), y)
+        torch.func.vmap(torch.func.grad(one), (None, 0, 0))(own, x, y)
+        torch.func.jacrev(lambda p: torch.func.functional_call(model, p, (x,)))(own)
         loss.backward()
+        torch.autograd.grad(model[0](x).sum(), model[0].weight)
 
 
 @ENGINE
@@ -337,6 +340,8 @@ def batch_gradients(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
     from backpack.extensions import BatchGrad
 
     model.zero_grad()
+    for p in model.parameters():
+        p.grad_batch = None
     with backpack(BatchGrad()):
         cross_entropy(model(x), y, reduction="sum").backward()
     return [p.grad_batch.sum(0) for p in model.parameters()]

@@ -175,13 +175,16 @@ def test_damped_inverse_marks_what_resists(dtype: torch.dtype) -> None:
 
 
 def test_damped_inverse_in_float64_on_the_last_rung() -> None:
-    """A float32 matrix that is only indefinite by rounding is inverted where float64 resolves it."""
-    stack = with_spectrum(*spread(-12, 4, 8), dtype=torch.float32)[None]
-    X, failed = damped_inverse(stack, torch.tensor([1e-7], dtype=torch.float32))
+    """A float32 matrix of low rank, and a damping that float32 does not resolve even a thousandfold."""
+    rows = torch.randn(300, 8, dtype=torch.float32)
+    A = rows @ rows.T
+    A /= A.norm()
+    X, failed = damped_inverse(A[None], torch.tensor([1e-11], dtype=torch.float32))
     assert not failed.any()
     assert X.dtype == torch.float32
-    assert X.isfinite().all()
-    assert torch.linalg.eigvalsh(X[0].double()).min() > -1e-3 * X.norm()
+    assert torch.linalg.cholesky_ex(A.double() + 1e-8 * torch.eye(300))[1] == 0
+    # In the directions of the rows it is the inverse of what is there.
+    assert (X[0].double() @ (A.double() @ rows.double()) - rows.double()).norm() / rows.norm() < 0.5
 
 
 # Newton's iteration.

@@ -346,13 +346,13 @@ class Branches(nn.Module):
 
 @methods()
 def test_branches_that_take_turns(method: Method) -> None:
-    """Layers first used at a later step are measured then, whatever the schedule; only what is used moves."""
+    """What is used moves, and nothing else; layers first measured at a later step are decomposed there, due or not."""
     model, (x, y) = Branches(), stream(1)[0]
-    curvature = Curvature(stats_every=4, burn_in=0)
+    curvature = Curvature(stats_every=4, inverse_every=12, burn_in=0)
     losses: dict[bool, list[float]] = {True: [], False: []}
     with method(model, curvature=curvature) as optimizer:
         for i in range(16):
-            left = i % 4 < 2
+            left = i % 3 == 0
 
             def closure(left: bool = left) -> Tensor:
                 optimizer.zero_grad()
@@ -360,12 +360,15 @@ def test_branches_that_take_turns(method: Method) -> None:
                 loss.backward()
                 return loss
 
-            before = vector(model.right if left else model.left)
+            used, other = (model.left, model.right) if left else (model.right, model.left)
+            before = vector(used), vector(other)
             loss = optimizer.step(closure) if optimizer.requires_closure else closure()
             if not optimizer.requires_closure:
                 optimizer.step()
             losses[left].append(loss.item())
-            assert torch.equal(vector(model.right if left else model.left), before)
+            assert not (vector(used) == before[0]).any()
+            assert torch.equal(vector(other), before[1])
+        assert {row.verified for row in optimizer.coverage()} == {"yes"}
     assert all(found[-1] < found[0] for found in losses.values())
 
 

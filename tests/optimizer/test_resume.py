@@ -76,7 +76,7 @@ def check(method: Method, build: Any, batches: list[tuple[Tensor, Tensor]], phas
     rewound.steps(batches)
     for k in phases:
         resumed = Run(method, build(seed=k + 9), **options)
-        for run in (resumed, rewound):
+        for run in (resumed, rewound) if k % 3 == 0 else (resumed,):
             run.load(saved[k])
             run.steps(batches[k:])
             assert_same(run, straight)
@@ -164,7 +164,8 @@ def test_param_groups_come_back() -> None:
             optimizer.load_state_dict({**saved, "param_groups": saved["param_groups"][:1]})
 
 
-MISMATCHES = [(a, b) for a in METHODS for b in METHODS if METHODS[a].variant != METHODS[b].variant] + [
+ONE_EACH = ("ring", "reng-ggn", "kalman-vd", "kfac", "ekfac")
+MISMATCHES = [(a, b) for a in ONE_EACH for b in ONE_EACH if a != b] + [
     ("ring", "ring-newton"),
     ("ring", "ring-diagonal"),
     ("ring-diagonal", "ring-identity"),
