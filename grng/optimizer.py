@@ -1,6 +1,7 @@
 """GRNG: regularise -> capture -> precondition -> trust region -> update."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from grng.attached import AttachedOptimizer, check_hyperparameters
 from grng.curvature import Curvature, Layer
 from grng.damping import Damping, kl_scale, squared_norm
-from grng.errors import invalid, unknown
+from grng.errors import GRNGWarning, invalid, unknown
 from grng.fallback import adamw_directions
 from grng.preconditioners import Preconditioner, make_preconditioner
 from grng.regularizers import double_backward_gradients, finite_difference_gradients
@@ -219,6 +220,7 @@ class GRNG(AttachedOptimizer):
         if batch is None or not self._current:
             if self._capture.collecting:
                 self._scalars["uncaptured"] = self._scalars["uncaptured"] + 1
+                self._warn_unseen()
             self._preconditioner.discard()
             return
         batch.valid = ok
@@ -227,6 +229,15 @@ class GRNG(AttachedOptimizer):
         self._scalars["refreshes"] = self._scalars["refreshes"] + 1
         self._scalars["misfit"] = batch.misfit
         self._damping.settle(self._preconditioner, square_norm, ok)
+
+    def _warn_unseen(self) -> None:
+        if self._steps == 0 and not self._capture.entered and any(layer.active for layer in self._layers):
+            warnings.warn(
+                "GRNG saw no forward pass of the model that it was given, so that every parameter follows the "
+                "first-order fallback: the training loop has to call that model itself, not a part of it",
+                GRNGWarning,
+                stacklevel=4,
+            )
 
     def _precondition(self, gradients: Gradients, square_norm: Tensor, ok: Tensor) -> tuple[Gradients, Tensor]:
         """Directions of the layers that are measured and take part, and the trust region's nu."""

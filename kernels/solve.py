@@ -72,15 +72,16 @@ def damped_inverse(stack: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """
     eye = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
     factor, info = torch.linalg.cholesky_ex(stack + damping.view(-1, 1, 1) * eye)
-    failed = info != 0
+    failed, X = info != 0, torch.cholesky_inverse(factor)
     for factor_of_damping, dtype in ((10, stack.dtype), (100, stack.dtype), (1000, torch.float64)):
         if not bool(failed.any()):
             break
         damped = stack[failed].to(dtype) + factor_of_damping * damping[failed].to(dtype).view(-1, 1, 1) * eye.to(dtype)
         again, info = torch.linalg.cholesky_ex(damped)
-        factor[failed] = torch.where((info == 0).view(-1, 1, 1), again.to(stack.dtype), eye)
+        inverse = torch.cholesky_inverse(again).to(stack.dtype)
+        X[failed] = torch.where((info == 0).view(-1, 1, 1), inverse, eye)
         failed = failed.clone().masked_scatter_(failed, info != 0)
-    return torch.cholesky_inverse(factor), failed
+    return X, failed
 
 
 def newton_inverse(

@@ -1,4 +1,4 @@
-"""Every Python example in README and docs runs as it stands; "continued" blocks go on where the page's last one ended."""
+"""Every Python example in README and docs runs as it stands; "continued" blocks go on where the last one ended."""
 
 import re
 from pathlib import Path

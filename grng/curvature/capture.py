@@ -100,6 +100,7 @@ class Capture:
         self.layers, self.config, self.sink = layers, config, sink
         self.collecting = True
         self.current: Pass | None = None
+        self.entered = False  # whether a forward pass was ever seen
         self.batch: Batch | None = None
         self.likelihood: Likelihood | None = None
         self.likelihood_reason = "not seen yet"
@@ -135,7 +136,7 @@ class Capture:
         if not self.collecting or self._busy or transformed or not torch.is_grad_enabled():
             self.current = None
             return
-        self.current = Pass()
+        self.current, self.entered = Pass(), True
         self.engine.begin()
         for layer in self.layers:
             if layer.status == "pending":

@@ -105,7 +105,7 @@ def differentiated_otherwise(model: nn.Module, batches: list[tuple[Tensor, Tenso
         one = lambda p, xb, yb: cross_entropy(torch.func.functional_call(model, p, (xb,)), yb)  # noqa: E731
         loss = cross_entropy(model(x), y)
         torch.func.vmap(torch.func.grad(one), (None, 0, 0))(own, x, y)
-        torch.func.jacrev(lambda p: torch.func.functional_call(model, p, (x,)))(own)
+        torch.func.jacrev(lambda p, x=x: torch.func.functional_call(model, p, (x,)))(own)
         loss.backward()
         torch.autograd.grad(model[0](x).sum(), model[0].weight)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import grng.curvature.layers as layers_module
-from grng import GRNGWarning
+from grng import GRNG, GRNGWarning
 from grng.curvature import Layer
 
 from .harness import ENGINES, Attached, measure
@@ -230,3 +230,16 @@ def test_a_layer_is_checked_once(engine: str) -> None:
         assert not attached.capture._before
         assert not attached.capture._after
     attached.capture.close()
+
+
+def test_a_model_whose_forward_is_not_called_is_said() -> None:
+    """A loop that calls a part of the model trains by the fallback, with a warning, and the report says "pending"."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(8, 4), torch.randint(3, (8,))
+    with GRNG(model) as optimizer:
+        before = [p.detach().clone() for p in model.parameters()]
+        nn.functional.cross_entropy(model[2](model[1](model[0](x))), y).backward()
+        with pytest.warns(GRNGWarning, match="saw no forward pass of the model"):
+            optimizer.step()
+        assert {row.verified for row in optimizer.coverage()} == {"pending"}
+        assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

@@ -182,9 +182,8 @@ def test_damped_inverse_in_float64_on_the_last_rung() -> None:
     X, failed = damped_inverse(A[None], torch.tensor([1e-11], dtype=torch.float32))
     assert not failed.any()
     assert X.dtype == torch.float32
-    assert torch.linalg.cholesky_ex(A.double() + 1e-8 * torch.eye(300))[1] == 0
-    # In the directions of the rows it is the inverse of what is there.
-    assert (X[0].double() @ (A.double() @ rows.double()) - rows.double()).norm() / rows.norm() < 0.5
+    exact = torch.linalg.inv(A.double() + 1e-8 * torch.eye(300))
+    assert (X[0] - exact).norm() / exact.norm() < 1e-5
 
 
 # Newton's iteration.
