@@ -140,7 +140,7 @@ class AttachedOptimizer(Optimizer):
         shared = {"grng_steps": torch.tensor(self._steps), **self._damping.state()}
         shared["grng_method"] = torch.tensor(list(self._method.encode()), dtype=torch.uint8)
         shared["grng_skipped"] = self._scalars["skipped"]
-        self.state[self._first].update(shared, **self._capture.state(self._device))
+        self.state[self._first].update(shared, **self._capture.fisher.state(self._device))
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -192,7 +192,7 @@ class AttachedOptimizer(Optimizer):
         self._steps = int(shared["grng_steps"])
         self._damping.load_state(shared)
         self._scalars["skipped"] = shared["grng_skipped"].clone()
-        self._capture.load_state(shared, self._device)
+        self._capture.fisher.load_state(shared, self._device)
         self._link_state()
         self._capture.finish_step(self._due())
 

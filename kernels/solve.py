@@ -71,17 +71,23 @@ def damped_inverse(stack: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     ([[[0.25, -0.0], [-0.0, 0.0625]]], [False])
     """
     eye = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
-    factor, info = torch.linalg.cholesky_ex(stack + damping.view(-1, 1, 1) * eye)
-    failed, X = info != 0, torch.cholesky_inverse(factor)
-    for factor_of_damping, dtype in ((10, stack.dtype), (100, stack.dtype), (1000, torch.float64)):
+    X, failed = _cholesky_inverse(stack + damping.view(-1, 1, 1) * eye)
+    for times, dtype in ((10, stack.dtype), (100, stack.dtype), (1000, torch.float64)):
         if not bool(failed.any()):
             break
-        damped = stack[failed].to(dtype) + factor_of_damping * damping[failed].to(dtype).view(-1, 1, 1) * eye.to(dtype)
-        again, info = torch.linalg.cholesky_ex(damped)
-        inverse = torch.cholesky_inverse(again).to(stack.dtype)
-        X[failed] = torch.where((info == 0).view(-1, 1, 1), inverse, eye)
-        failed = failed.clone().masked_scatter_(failed, info != 0)
+        damped = stack[failed].to(dtype) + times * damping[failed].to(dtype).view(-1, 1, 1) * eye.to(dtype)
+        again, still = _cholesky_inverse(damped)
+        X[failed] = again.to(stack.dtype)
+        failed = failed.clone().masked_scatter_(failed, still)
     return X, failed
+
+
+def _cholesky_inverse(stack: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverses, and which members are not positive definite: the identity there."""
+    factor, info = torch.linalg.cholesky_ex(stack)
+    failed = info != 0
+    eye = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
+    return torch.cholesky_inverse(torch.where(failed.view(-1, 1, 1), eye, factor)), failed
 
 
 def newton_inverse(

@@ -19,12 +19,11 @@ from torch.autograd.graph import GradientEdge
 
 from grng.curvature.config import Curvature
 from grng.curvature.engines import Hook, HooksEngine, Pair, Use, make_engine
+from grng.curvature.fisher import FisherReader
 from grng.curvature.layers import Layer
-from grng.curvature.likelihood import CODES, Gaussian, Likelihood, Reading, Unread, declared, detect, tolerance
+from grng.curvature.likelihood import Reading, tolerance
 from grng.curvature.statistics import Statistics
-from grng.errors import GRNGWarning, invalid
-
-MODIFIED = "the model's output was modified in place before the loss"
+from grng.errors import GRNGWarning
 
 
 @dataclass
@@ -102,14 +101,9 @@ class Capture:
         self.current: Pass | None = None
         self.entered = False  # whether a forward pass was ever seen
         self.batch: Batch | None = None
-        self.likelihood: Likelihood | None = None
-        self.likelihood_reason = "not seen yet"
+        self.fisher = FisherReader(config)
         self._busy = False
-        self._decided = False
         self._unreadable = False  # the step's output gradient is zero or not finite: there is nothing to check against
-        self._empirical = config.fisher == "empirical"
-        self._loss_scale: Tensor | None = None  # predictions / N, of the last gradient that fitted the likelihood
-        self._generators: dict[torch.device, torch.Generator] = {}
         self._checks: dict[Layer, Tensor] = {}
         self._delivered: set[Layer] = set()
         self._before: dict[nn.Parameter, Tensor | None] = {}
@@ -184,19 +178,16 @@ class Capture:
             for p in self._before.keys() - self._after.keys():  # they may have been zeroed since the forward pass
                 self._before[p] = None if p.grad is None else p.grad.clone()
             intact = f._version == version
-            if not self._decided and not self._decide(f, gradient, intact):
+            reading = self.fisher.read(f, gradient, intact)
+            if reading is None:
                 self._unreadable = True
                 return
-            if not intact and not self._empirical:
-                self._fall_back(MODIFIED)
-            reading = self._read(f, gradient, intact)
             current.context.normaliser = reading.normaliser
             current.context.offset = self.batch.samples if self.batch else 0
             self._count(reading, f)
-            if not self._empirical:
-                for cotangent in self._cotangents(f, gradient):
-                    for layer, x, e in self.engine.pairs(current, place, cotangent):
-                        self._deliver(layer, x, e, current.context)
+            for cotangent in self.fisher.cotangents(f, gradient):
+                for layer, x, e in self.engine.pairs(current, place, cotangent):
+                    self._deliver(layer, x, e, current.context)
             for layer, x, e in current.context.waiting:
                 self._deliver_true(layer, x, e, current.context)
             current.context.waiting.clear()
@@ -204,7 +195,7 @@ class Capture:
         torch.autograd.Variable._execution_engine.queue_callback(lambda: current.close(keep_graph))
 
     def wants_true_gradient(self, layer: Layer) -> bool:
-        return self._empirical or not self._decided or layer.status == "pending"
+        return self.fisher.empirical or not self.fisher.decided or layer.status == "pending"
 
     def receive_true_gradient(self, layer: Layer, x: Tensor, e: Tensor, context: Context) -> None:
         """Called by the engine with the pairs of the user's own backward pass."""
@@ -226,7 +217,7 @@ class Capture:
                 self._deliver_true(layer, x, e, context)
 
     def _deliver_true(self, layer: Layer, x: Tensor, e: Tensor, context: Context) -> None:
-        if self._empirical and not context.closed:
+        if self.fisher.empirical and not context.closed:
             assert context.normaliser is not None
             self._deliver(layer, x, e * context.normaliser.to(e.dtype), context)
 
@@ -258,77 +249,6 @@ class Capture:
         finally:
             self.collecting = collecting
 
-    # The likelihood.
-
-    def _decide(self, f: Tensor, gradient: Tensor, intact: bool) -> bool:
-        """Settle the likelihood by the first gradient that is finite and not zero: the only look at values."""
-        size = float(gradient.norm())
-        if not 0 < size < float("inf"):
-            return False
-        self._decided = True
-        name = self.config.likelihood
-        if f.ndim == 0:
-            self.likelihood = Unread()
-            self._fall_back("the model returns a scalar: its outputs are not seen", self.config.likelihood != "auto")
-        elif not intact:
-            self.likelihood = Unread()
-            self._fall_back(MODIFIED)
-        elif name == "auto":
-            self.likelihood, self.likelihood_reason = detect(f, gradient)
-            if isinstance(self.likelihood, Unread):
-                self._fall_back(self.likelihood_reason)
-        else:
-            self.likelihood, self.likelihood_reason = declared(name, f, gradient), "declared"
-            misfit = float(self.likelihood.read(f, gradient).misfit)
-            if misfit > tolerance(f, gradient) and self.config.loss_scale is None:
-                self._fall_back(
-                    f"the output gradient does not fit the declared likelihood {name!r} with hard labels "
-                    f"(relative misfit {misfit:.2g})"
-                )
-        self._check_loss_scale(f, gradient)
-        return True
-
-    def _check_loss_scale(self, f: Tensor, gradient: Tensor) -> None:
-        """A declared scale that the gradient contradicts is an error, where it can be read off."""
-        scale, likelihood = self.config.loss_scale, self.likelihood
-        if scale is None or likelihood is None or isinstance(likelihood, Gaussian | Unread):
-            return
-        reading = likelihood.read(f, gradient)
-        if float(reading.misfit) > tolerance(f, gradient):
-            return  # soft labels: nothing can be read
-        found = float(reading.predictions / reading.normaliser)
-        told = float(reading.predictions) if scale == "sum" else float(scale)
-        if abs(found - told) > 0.01 * abs(told):
-            raise invalid(
-                "loss_scale",
-                scale,
-                f"{found:.6g}, which the output gradient shows for this {likelihood.name} loss",
-                "Leave loss_scale=None to have it read off.",
-            )
-
-    def _fall_back(self, why: str, warn: bool = True) -> None:
-        self._empirical = True
-        self.likelihood_reason = f"empirical Fisher instead: {why}"
-        if warn and self.config.fisher != "empirical":
-            warnings.warn(f"GRNG uses the empirical Fisher: {why}", GRNGWarning, stacklevel=2)
-
-    def _read(self, f: Tensor, gradient: Tensor, intact: bool) -> Reading:
-        """N and the number of predictions; under the fallback, a mean over the rows that receive a gradient."""
-        likelihood = self.likelihood
-        assert likelihood is not None
-        reading = likelihood.read(f, gradient)
-        scale = self.config.loss_scale
-        if scale is not None:
-            one = torch.ones_like(reading.predictions)
-            reading.normaliser = one if scale == "sum" else reading.predictions / scale
-        elif not isinstance(likelihood, Gaussian | Unread):
-            # Where everything is predicted right, rounding hides N in the gradient: what was read before holds on.
-            known = torch.ones_like(reading.misfit) if self._loss_scale is None else self._loss_scale
-            trusted = (reading.misfit < tolerance(f, gradient)) & intact
-            self._loss_scale = torch.where(trusted, reading.predictions / reading.normaliser, known)
-            reading.normaliser = reading.predictions / self._loss_scale
-        return reading
-
     def _count(self, reading: Reading, f: Tensor) -> None:
         samples = f.shape[0] if f.ndim else 1
         if self.batch is None:
@@ -338,19 +258,6 @@ class Capture:
         self.batch.normaliser = reading.normaliser
         self.batch.misfit = torch.maximum(self.batch.misfit, reading.misfit)
         self.batch.samples += samples
-
-    def _cotangents(self, f: Tensor, gradient: Tensor) -> Iterator[Tensor]:
-        assert self.likelihood is not None
-        if self.config.fisher == "exact":
-            yield from self.likelihood.columns(f, gradient)
-        else:
-            yield self.likelihood.sample(f, gradient, self.generator(f.device))
-
-    def generator(self, device: torch.device) -> torch.Generator:
-        """The source of drawn labels on a device; apart from the user's own random numbers."""
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self.config.seed)
-        return self._generators[device]
 
     # The self-check.
 
@@ -446,26 +353,6 @@ class Capture:
         self.forget()
         self._before.clear()
         self.collecting = collect_next
-
-    # State.
-
-    def state(self, device: torch.device) -> dict[str, Tensor]:
-        """What a resumed run needs: the drawn labels' source, and what was decided about the likelihood."""
-        code = next((i for i, (kind, dim) in enumerate(CODES) if self._is(kind, dim)), -1)
-        flags = torch.tensor([code, int(self._decided), int(self._empirical)])
-        scale = torch.ones((), device=device) if self._loss_scale is None else self._loss_scale
-        return {"fisher_rng": self.generator(device).get_state(), "likelihood": flags, "loss_scale": scale}
-
-    def load_state(self, state: dict[str, Tensor], device: torch.device) -> None:
-        self.generator(device).set_state(state["fisher_rng"].cpu())
-        code, decided, empirical = (int(v) for v in state["likelihood"])
-        self.likelihood = None if code < 0 else CODES[code][0](CODES[code][1])
-        self._decided, self._empirical = bool(decided), bool(empirical)
-        self._loss_scale = state["loss_scale"].clone()
-        self.likelihood_reason = "as in the checkpoint"
-
-    def _is(self, kind: type[Likelihood], dim: int) -> bool:
-        return type(self.likelihood) is kind and self.likelihood.class_dim == dim
 
     def close(self) -> None:
         """Remove every hook."""

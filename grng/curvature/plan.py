@@ -106,11 +106,11 @@ def coverage_of(
         reason = layer.reason or type(layer.module).__name__ + f" ({layer.blocks} blocks)" * (layer.blocks > 1)
         rows.append(Row(names[p], shape, treatment, capture.engine.name, verified, reason))
     fisher = capture.config.fisher
-    likelihood = capture.likelihood.name if capture.likelihood else "none"
+    likelihood = capture.fisher.likelihood.name if capture.fisher.likelihood else "none"
     return Coverage(
         rows,
         [
             f"engine: {capture.engine.name} ({capture.engine_reason})",
-            f"fisher: {fisher}; likelihood: {likelihood} ({capture.likelihood_reason})",
+            f"fisher: {fisher}; likelihood: {likelihood} ({capture.fisher.reason})",
         ],
     )

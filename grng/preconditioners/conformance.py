@@ -197,7 +197,7 @@ def _discarded(make: Make) -> None:
 @contextmanager
 def _same_draws(bench: _Bench) -> Iterator[None]:
     """The labels drawn inside are drawn again after it."""
-    generator = bench.capture.generator(torch.device("cpu"))
+    generator = bench.capture.fisher.generator(torch.device("cpu"))
     state = generator.get_state()
     yield
     generator.set_state(state)
@@ -210,7 +210,7 @@ def _state(make: Make) -> None:
     kept = {layer.name: {n: v.clone() for n, v in bench.preconditioner.state(layer).items()} for layer in bench.layers}
     for layer in fresh.layers:
         fresh.preconditioner.load_state(layer, kept[layer.name])
-    fresh.capture.load_state(bench.capture.state(torch.device("cpu")), torch.device("cpu"))
+    fresh.capture.fisher.load_state(bench.capture.fisher.state(torch.device("cpu")), torch.device("cpu"))
     same = all(map(torch.equal, bench.step(2), fresh.step(2)))
     bench.require(same, "has state that is not saved: after load_state() its directions differ")
 

@@ -205,7 +205,7 @@ def test_hooks_measure_hard_models(case: str, B: int) -> None:
     y = torch.randint(f.shape[-1], (B,))
     with expectation(case):
         seen = measure(model, x, lambda f: cross_entropy(f, y), "hooks", fisher="exact")
-    likelihood = seen.capture.likelihood
+    likelihood = seen.capture.fisher.likelihood
     columns = torch.stack(list(likelihood.columns(f, torch.ones_like(f))))
     check(case, model, x, seen, columns.sum(0))
     assert seen.batch.predictions == B

@@ -18,6 +18,8 @@ from .harness import ENGINES, Attached, Measured, measure
 from .models import Named
 from .reference import relative
 
+# What BackPACK makes torch say in the user's own passes.
+pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 ENGINE = pytest.mark.parametrize("engine", ENGINES)
 FISHERS = pytest.mark.parametrize("fisher", ["exact", "empirical"])
 SUMS = ("input_sum", "output_sum", "squared_gradients", "rows")

@@ -149,7 +149,7 @@ def test_soft_labels_fall_back_visibly(case: str, shape: tuple[int, ...]) -> Non
     per_row = output_gradient(model(x), lambda f: SOFT[case](f, y)) * y.numel()
     rows = per_row.movedim(1, -1).flatten(0, -2)
     assert relative(seen.total("0", "output_sum")[0], rows.T @ rows) < 1e-12
-    assert "empirical Fisher instead" in seen.capture.likelihood_reason
+    assert "empirical Fisher instead" in seen.capture.fisher.reason
 
 
 @pytest.mark.parametrize("scale", ["sum", 3.0])
@@ -215,7 +215,7 @@ def test_a_declared_likelihood_that_fits_is_silent(name: str) -> None:
         "gaussian": lambda f: mse_loss(f, y),
     }
     told, read = (measure(model, x, losses[name], likelihood=l, fisher="exact") for l in (name, "auto"))
-    assert told.capture.likelihood_reason == "declared"
+    assert told.capture.fisher.reason == "declared"
     assert relative(told.total("0", "output_sum"), read.total("0", "output_sum")) < 1e-12
 
 
@@ -376,13 +376,15 @@ def test_drawing_leaves_the_users_random_numbers_alone() -> None:
 def test_what_was_read_survives_a_checkpoint(kind: type[Likelihood], dim: int) -> None:
     model = nn.Sequential(nn.Linear(4, 3))
     first, second = Attached(model), Attached(nn.Sequential(nn.Linear(4, 3)))
-    first.capture.likelihood, first.capture._decided = kind(dim), True
+    first.capture.fisher.likelihood, first.capture.fisher.decided = kind(dim), True
     device = torch.device("cpu")
-    second.capture.load_state(first.capture.state(device), device)
-    assert type(second.capture.likelihood) is kind
-    assert second.capture.likelihood.class_dim == dim
-    assert second.capture._decided
-    assert torch.equal(second.capture.generator(device).get_state(), first.capture.generator(device).get_state())
+    second.capture.fisher.load_state(first.capture.fisher.state(device), device)
+    assert type(second.capture.fisher.likelihood) is kind
+    assert second.capture.fisher.likelihood.class_dim == dim
+    assert second.capture.fisher.decided
+    assert torch.equal(
+        second.capture.fisher.generator(device).get_state(), first.capture.fisher.generator(device).get_state()
+    )
     first.capture.close()
     second.capture.close()
 
@@ -397,7 +399,7 @@ def test_a_gradient_of_zeros_or_without_end_decides_nothing() -> None:
         model.zero_grad()
     seen = attached.step(lambda: cross_entropy(model(x), y).backward())
     attached.capture.close()
-    assert type(seen.capture.likelihood) is Categorical
+    assert type(seen.capture.fisher.likelihood) is Categorical
     assert seen.layers["0"].status == "verified"
 
 
@@ -413,7 +415,7 @@ class ItsOwnLoss(nn.Module):
 def test_a_model_that_returns_its_loss_gets_the_empirical_fisher() -> None:
     model, x = ItsOwnLoss(), torch.randn(6, 4)
     seen = measure(model, x, lambda loss: loss)
-    assert "its outputs are not seen" in seen.capture.likelihood_reason
+    assert "its outputs are not seen" in seen.capture.fisher.reason
     assert seen.layers["linear"].status == "verified"
     rows = output_gradient(model.linear(x), lambda f: cross_entropy(f, torch.zeros(6, dtype=torch.long)))
     assert relative(seen.total("linear", "output_sum")[0], rows.T @ rows) < 1e-12

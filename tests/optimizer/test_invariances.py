@@ -77,8 +77,13 @@ def test_duplicated_batch(method: Method, fisher: Fisher, kind: str) -> None:
     assert relative(once, vector(build())) > 1e-4
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize(("fisher", "parts"), [("mc", 2), ("mc", 4), ("exact", 4), ("empirical", 2)])
+@pytest.mark.parametrize(
+    ("kind", "fisher", "parts"),
+    [
+        *(("mixed", "mc", 2), ("mixed", "mc", 4), ("mixed", "exact", 4), ("mixed", "empirical", 2)),
+        *(("convolutions", "mc", 4), ("convolutions", "exact", 4)),
+    ],
+)
 @methods(*[name for name in METHODS if name != "reng-double"])
 def test_micro_batches(method: Method, fisher: Fisher, parts: int, kind: str) -> None:
     """Gradients accumulated over parts of the batch, each with its share of the mean: the same updates."""

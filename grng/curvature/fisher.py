@@ -1,0 +1,149 @@
+"""Whose labels enter the Fisher, and how the loss is normalised: read off the gradient at the model's output."""
+
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from grng.curvature.config import Curvature
+from grng.curvature.likelihood import CODES, Gaussian, Likelihood, Reading, Unread, declared, detect, tolerance
+from grng.errors import GRNGWarning, invalid
+
+MODIFIED = "the model's output was modified in place before the loss"
+
+
+class FisherReader:
+    """Settles the likelihood by the first gradient that shows it, reads N off every later one, and draws labels.
+
+    Attributes:
+        likelihood: None until it is settled.
+        reason: how it was found, in words.
+        decided: whether it is settled.
+        empirical: whether true labels are used, by the settings or because no label can be drawn.
+    """
+
+    def __init__(self, config: Curvature) -> None:
+        self.config = config
+        self.likelihood: Likelihood | None = None
+        self.reason = "not seen yet"
+        self.decided = False
+        self.empirical = config.fisher == "empirical"
+        self._loss_scale: Tensor | None = None  # predictions / N, of the last gradient that fitted the likelihood
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def _decide(self, f: Tensor, gradient: Tensor, intact: bool) -> bool:
+        """Settle the likelihood by the first gradient that is finite and not zero: the only look at values."""
+        size = float(gradient.norm())
+        if not 0 < size < float("inf"):
+            return False
+        self.decided = True
+        name = self.config.likelihood
+        if f.ndim == 0:
+            self.likelihood = Unread()
+            self._fall_back("the model returns a scalar: its outputs are not seen", self.config.likelihood != "auto")
+        elif not intact:
+            self.likelihood = Unread()
+            self._fall_back(MODIFIED)
+        elif name == "auto":
+            self.likelihood, self.reason = detect(f, gradient)
+            if isinstance(self.likelihood, Unread):
+                self._fall_back(self.reason)
+        else:
+            self.likelihood, self.reason = declared(name, f, gradient), "declared"
+            misfit = float(self.likelihood.read(f, gradient).misfit)
+            if misfit > tolerance(f, gradient) and self.config.loss_scale is None:
+                self._fall_back(
+                    f"the output gradient does not fit the declared likelihood {name!r} with hard labels "
+                    f"(relative misfit {misfit:.2g})"
+                )
+        self._check_loss_scale(f, gradient)
+        return True
+
+    def _check_loss_scale(self, f: Tensor, gradient: Tensor) -> None:
+        """A declared scale that the gradient contradicts is an error, where it can be read off."""
+        scale, likelihood = self.config.loss_scale, self.likelihood
+        if scale is None or likelihood is None or isinstance(likelihood, Gaussian | Unread):
+            return
+        reading = likelihood.read(f, gradient)
+        if float(reading.misfit) > tolerance(f, gradient):
+            return  # soft labels: nothing can be read
+        found = float(reading.predictions / reading.normaliser)
+        told = float(reading.predictions) if scale == "sum" else float(scale)
+        if abs(found - told) > 0.01 * abs(told):
+            raise invalid(
+                "loss_scale",
+                scale,
+                f"{found:.6g}, which the output gradient shows for this {likelihood.name} loss",
+                "Leave loss_scale=None to have it read off.",
+            )
+
+    def _fall_back(self, why: str, warn: bool = True) -> None:
+        self.empirical = True
+        self.reason = f"empirical Fisher instead: {why}"
+        if warn and self.config.fisher != "empirical":
+            warnings.warn(f"GRNG uses the empirical Fisher: {why}", GRNGWarning, stacklevel=2)
+
+    def read(self, f: Tensor, gradient: Tensor, intact: bool) -> Reading | None:
+        """N and the number of predictions; under the fallback, of a mean over the rows that receive a gradient.
+
+        Args:
+            f: the model's output.
+            gradient: dL/df, as it arrives.
+            intact: whether the output is as the model returned it.
+
+        Returns:
+            None where the gradient is zero or not finite and nothing was settled before.
+        """
+        if not self.decided and not self._decide(f, gradient, intact):
+            return None
+        if not intact and not self.empirical:
+            self._fall_back(MODIFIED)
+        likelihood = self.likelihood
+        assert likelihood is not None
+        reading = likelihood.read(f, gradient)
+        scale = self.config.loss_scale
+        if scale is not None:
+            one = torch.ones_like(reading.predictions)
+            reading.normaliser = one if scale == "sum" else reading.predictions / scale
+        elif not isinstance(likelihood, Gaussian | Unread):
+            # Where everything is predicted right, rounding hides N in the gradient: what was read before holds on.
+            known = torch.ones_like(reading.misfit) if self._loss_scale is None else self._loss_scale
+            trusted = (reading.misfit < tolerance(f, gradient)) & intact
+            self._loss_scale = torch.where(trusted, reading.predictions / reading.normaliser, known)
+            reading.normaliser = reading.predictions / self._loss_scale
+        return reading
+
+    def cotangents(self, f: Tensor, gradient: Tensor) -> Iterator[Tensor]:
+        """Gradients at the output that the nested backward passes start from; none under the empirical Fisher."""
+        assert self.likelihood is not None
+        if self.empirical:
+            return
+        if self.config.fisher == "exact":
+            yield from self.likelihood.columns(f, gradient)
+        else:
+            yield self.likelihood.sample(f, gradient, self.generator(f.device))
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """The source of drawn labels on a device; apart from the user's own random numbers."""
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self.config.seed)
+        return self._generators[device]
+
+    def state(self, device: torch.device) -> dict[str, Tensor]:
+        """What a resumed run needs: the drawn labels' source, and what was decided about the likelihood."""
+        code = next((i for i, (kind, dim) in enumerate(CODES) if self._is(kind, dim)), -1)
+        flags = torch.tensor([code, int(self.decided), int(self.empirical)])
+        scale = torch.ones((), device=device) if self._loss_scale is None else self._loss_scale
+        return {"fisher_rng": self.generator(device).get_state(), "likelihood": flags, "loss_scale": scale}
+
+    def load_state(self, state: dict[str, Tensor], device: torch.device) -> None:
+        self.generator(device).set_state(state["fisher_rng"].cpu())
+        code, decided, empirical = (int(v) for v in state["likelihood"])
+        self.likelihood = None if code < 0 else CODES[code][0](CODES[code][1])
+        self.decided, self.empirical = bool(decided), bool(empirical)
+        self._loss_scale = state["loss_scale"].clone()
+        self.reason = "as in the checkpoint"
+
+    def _is(self, kind: type[Likelihood], dim: int) -> bool:
+        return type(self.likelihood) is kind and self.likelihood.class_dim == dim
