@@ -36,6 +36,7 @@ class Damping:
         # float64, so that a setting reaches float64 factors unrounded.
         self.rho = torch.full((), torch.nan if self.auto_rho else rho, dtype=torch.float64, device=device)
         self.floor = torch.full((), torch.nan if lam0 is None else lam0, dtype=torch.float64, device=device)
+        self.settled = not (self.auto_rho or self.auto_floor)
 
     def strength(self) -> Tensor:
         """rho; zero while it is not settled."""
@@ -49,7 +50,7 @@ class Damping:
     def settle(self, preconditioner: "Preconditioner", square_norm: Tensor, ok: Tensor) -> None:
         """After a refresh: fix what is relative to the curvature, where it is not fixed yet."""
         penalty = self.variant.regularization == "penalty"
-        if not (self.auto_rho or self.auto_floor):
+        if self.settled and not (self.auto_rho and penalty):
             return
         largest = preconditioner.largest_curvature().to(self.rho.dtype)
         if self.auto_floor:
@@ -61,6 +62,11 @@ class Damping:
         elif self.auto_rho:
             rho = torch.where(square_norm > 0, self.variant.strength * largest / square_norm.clamp(min=1e-30), 0.0)
             self.rho = torch.where(torch.isnan(self.rho) & ok, rho, self.rho)
+        self.settled = self.settled or self._known()
+
+    def _known(self) -> bool:
+        """A look at values, until they are settled."""
+        return not bool(torch.isnan(self.rho) | torch.isnan(self.floor))
 
     def state(self) -> dict[str, Tensor]:
         return {"grng_rho": self.rho, "grng_floor": self.floor}
@@ -71,6 +77,7 @@ class Damping:
             self.rho = state["grng_rho"].clone()
         if self.auto_floor:
             self.floor = state["grng_floor"].clone()
+        self.settled = self._known()
 
 
 def squared_norm(tensors: list[Tensor]) -> Tensor:
