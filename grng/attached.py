@@ -3,6 +3,7 @@
 import math
 import weakref
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import torch
@@ -15,10 +16,12 @@ from grng.curvature.plan import check_model, coverage_of, find_layers, named_gro
 from grng.damping import Damping
 from grng.errors import invalid
 from grng.preconditioners import Preconditioner, make_groups
+from grng.regularizers import FrontEnd
+from grng.regularizers.frontend import STEPS
 
 STATUS = ("pending", "verified", "failed")
 COUNTERS = ("grad_norm", "lam", "kl_scale", "refreshes", "skipped", "uncaptured", "misfit")
-ON_HOST = ("fisher_rng", "likelihood", "layer_status", "grng_steps", "grng_method")
+ON_HOST = ("fisher_rng", "likelihood", "layer_status", "grng_steps", "grng_method", STEPS)
 OF_A_PARAMETER = ("momentum", "exp_avg", "exp_avg_sq")
 
 
@@ -27,6 +30,7 @@ class AttachedOptimizer(Optimizer):
 
     variant: str
     _damping: Damping
+    _front: FrontEnd
 
     def _attach(
         self,
@@ -90,8 +94,13 @@ class AttachedOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; what was measured along with these gradients is dropped with them."""
         super().zero_grad(set_to_none)
+        self._front.zeroed()
         if self._capture.collecting:  # not in the second pass of a step
             self._forget()
+
+    def paused(self) -> AbstractContextManager[None]:
+        """A context in which forward and backward passes are not measured."""
+        return self._capture.paused()
 
     def _due(self) -> bool:
         """Whether the coming step measures."""
@@ -113,10 +122,12 @@ class AttachedOptimizer(Optimizer):
 
         grad_norm, lam (of the first group), rho, kl_scale (nu), misfit (of the likelihood); and counts: refreshes,
         skipped (steps with a gradient that is not finite), uncaptured (statistics steps that saw no output), failures
-        (decompositions that kept the previous result).
+        (decompositions that kept the previous result). With regularizers that take passes also theirs: see
+        `grng.regularizers.Regularized.diagnostics`.
         """
         failures = getattr(self._preconditioner, "failures", torch.zeros(()))
-        return {**self._scalars, "rho": self._damping.strength(), "failures": failures}
+        own = {**self._scalars, "rho": self._damping.strength(), "failures": failures}
+        return {**self._front.diagnostics, **own}
 
     # State and life cycle.
 
@@ -140,6 +151,7 @@ class AttachedOptimizer(Optimizer):
         shared = {"grng_steps": torch.tensor(self._steps), **self._damping.state()}
         shared["grng_method"] = torch.tensor(list(self._method.encode()), dtype=torch.uint8)
         shared["grng_skipped"] = self._scalars["skipped"]
+        shared |= self._front.state()
         self.state[self._first].update(shared, **self._capture.fisher.state(self._device))
         return super().state_dict()
 
@@ -191,6 +203,7 @@ class AttachedOptimizer(Optimizer):
         shared = self.state[self._first]
         self._steps = int(shared["grng_steps"])
         self._damping.load_state(shared)
+        self._front.load_state(shared)
         self._scalars["skipped"] = shared["grng_skipped"].clone()
         self._capture.fisher.load_state(shared, self._device)
         self._link_state()
@@ -211,6 +224,8 @@ class AttachedOptimizer(Optimizer):
         remedy = "Build GRNG with the variant, preconditioner and model that the checkpoint was written with"
         if written != self._method:
             raise ValueError(f"the checkpoint was written by {written}, but this is {self._method}. {remedy}")
+        if self._front.chain and STEPS not in saved[self._first]:
+            raise ValueError(f"the checkpoint was written without regularizers: it holds no {STEPS!r}. {remedy}")
         wanted = {(p, name): p.shape for p in saved for name in OF_A_PARAMETER if name in saved[p]}
         for layer in self._layers:
             state = {**self._preconditioner.state(layer), "layer_status": torch.zeros(2)}

@@ -2,7 +2,9 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -15,7 +17,8 @@ from grng.damping import Damping, kl_scale, squared_norm
 from grng.errors import GRNGWarning, invalid, unknown
 from grng.fallback import adamw_directions
 from grng.preconditioners import Preconditioner, make_preconditioner
-from grng.regularizers import double_backward_gradients, finite_difference_gradients
+from grng.regularizers import Explicit, FrontEnd, Regularizer, closure_under_scaler
+from grng.regularizers.frontend import as_chain
 from grng.variants import find_variant
 
 MODES = ("double", "finite", "ggn")
@@ -51,6 +54,9 @@ class GRNG(AttachedOptimizer):
         mode: for reng, how H g is formed: ``"double"`` (exact, needs ``step(closure)``), ``"finite"`` (two gradients,
             needs ``step(closure)``), ``"ggn"`` (F g in place of H g, one pass, no closure).
         norm: whose gradient norm damps: ``"global"`` or each ``"layer"``'s own.
+        regularizer: one of `grng.regularizers` or a list of them, which change the gradient before it is
+            preconditioned: as `Regularized(GRNG(...), regularizer)` does from outside. Curvature is that of the first
+            pass. One that takes passes needs ``step(closure)`` or :meth:`passes`.
         preconditioner: a name or an instance in place of the variant's own.
         curvature: a :class:`Curvature` with the settings of the estimate; None: its defaults.
         fallback: the rule for parameters without factors; ``"adamw"``.
@@ -74,6 +80,10 @@ class GRNG(AttachedOptimizer):
         True
     """
 
+    # GradScaler.step then hands on its scale, and a closure can be told from a plain step.
+    _step_supports_amp_scaling = True
+    skips_nonfinite = True  # by itself, on the device
+
     def __init__(
         self,
         model: nn.Module,
@@ -86,6 +96,7 @@ class GRNG(AttachedOptimizer):
         weight_decay: float = 0.0,
         mode: Literal["double", "finite", "ggn"] | None = None,
         norm: Literal["global", "layer"] = "global",
+        regularizer: Regularizer | Iterable[Regularizer] | None = None,
         preconditioner: str | Preconditioner | None = None,
         curvature: Curvature | None = None,
         fallback: Literal["adamw"] = "adamw",
@@ -119,15 +130,52 @@ class GRNG(AttachedOptimizer):
         self._norm = norm
         which, settings = (parts.preconditioner, parts.settings) if preconditioner is None else (preconditioner, {})
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "fallback_lr": fallback_lr}
-        self._attach(model, params, defaults, curvature, make_preconditioner(which, **settings), self.requires_closure)
+        chain = as_chain(regularizer)
+        twice = self._penalised or any(part.takes_passes for part in chain)
+        self._attach(model, params, defaults, curvature, make_preconditioner(which, **settings), twice)
         self._damping = Damping(parts, rho, curvature.damping, self._device)
+        try:
+            self._front = self._make_front(chain)
+        except Exception:
+            self.close()
+            raise
+
+    @property
+    def _penalised(self) -> bool:
+        """Whether the variant's own penalty takes passes."""
+        return self._mode in ("double", "finite")
+
+    def _make_front(self, chain: tuple[Regularizer, ...]) -> FrontEnd:
+        if self._penalised:
+            if any(part.takes_passes for part in chain):
+                remedy = "mode='ggn' of reng takes none, and goes with any."
+                raise invalid("regularizer", chain, f"one without passes for reng in mode {self._mode!r}", remedy)
+            mode = "double" if self._mode == "double" else "forward"
+            chain = (Explicit(self._damping.strength, mode=mode), *chain)
+        me = weakref.ref(self)  # no cycle: hooks go with the last reference to the optimizer
+        groups = lambda: me().param_groups  # type: ignore[union-attr]  # noqa: E731
+        return FrontEnd(chain, groups, self._model, self._capture.paused, self._capture.note_gradient)
 
     # The step.
 
     @property
     def requires_closure(self) -> bool:
-        """Whether `step` needs a closure, because the regularised gradient takes a second pass."""
-        return self._mode in ("double", "finite")
+        """Whether `step` needs a closure or :meth:`passes`, because the gradient takes further passes."""
+        return self._front.requires_passes
+
+    @property
+    def hessian_products(self) -> int:
+        """How many products with a second derivative were formed so far."""
+        return self._front.hessian_products
+
+    def passes(self, scale: Any = None) -> Iterator[AbstractContextManager[None]]:
+        """The forward and backward passes of the coming step, each in a `with`: see `grng.regularizers.Regularized`."""
+        self._check_open()
+        return self._front.passes(scale)
+
+    def _check_open(self) -> None:
+        if not self._finalizer.alive:
+            raise RuntimeError("this optimizer was closed and no longer sees its model: build GRNG(model, ...) anew")
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update.
@@ -143,41 +191,41 @@ class GRNG(AttachedOptimizer):
             RuntimeError: there is no gradient, or no closure where one is needed, or a closure that returns None; or
                 the optimizer was closed.
         """
-        if not self._finalizer.alive:
-            raise RuntimeError("this optimizer was closed and no longer sees its model: build GRNG(model, ...) anew")
+        self._check_open()
+        scaled = hasattr(self, "found_inf")  # called by GradScaler.step
+        loss = None
         if closure is None:
-            if self.requires_closure:
+            if self._penalised and not self._front.ready:
                 raise RuntimeError(
                     f"variant 'reng' in mode {self._mode!r} takes a second pass: call step(closure) with a closure "
                     "that calls zero_grad(), the forward pass and backward() and returns the loss; or choose mode='ggn'"
                 )
-            loss, gradients = None, self._plain_gradients()
+            self._front.refuse_missing_passes()
+            gradients = self._plain_gradients()
+            if scaled:
+                self._front.unscale_(self, list(gradients.values()))
         else:
+            if scaled:
+                raise closure_under_scaler()
             try:
                 loss, gradients = self._evaluate(closure)
-                if loss is None:
-                    raise RuntimeError("the closure returned None: it must return the loss it called backward() on")
             except BaseException:
                 self._forget()
                 self._capture.finish_step(self._due())
                 raise
         with torch.no_grad():
-            self._update(gradients)
+            self._update(self._front.transform(gradients))
+        self._front.finish()
         return loss
 
     def _evaluate(self, closure: Callable[[], Any]) -> tuple[Any, Gradients]:
-        """Run the closure, and form the gradient of the penalised loss where the variant asks for it."""
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        paused = self._capture.paused
-        rho = self._damping.strength
-        if self._mode == "double":
-            return double_backward_gradients(closure, parameters, rho, paused, self._capture.note_gradient)
-        if self._mode == "finite":
-            model = self._model()
-            assert model is not None
-            return finite_difference_gradients(closure, parameters, rho, paused, model)
+        """Run the closure, as often as the regularizers ask for."""
+        if self._front.requires_passes:
+            return self._front.evaluate(closure)
         with torch.enable_grad():
             loss = closure()
+        if loss is None:
+            raise RuntimeError("the closure returned None: it must return the loss it called backward() on")
         return loss, self._plain_gradients()
 
     def _plain_gradients(self) -> Gradients:

@@ -1,5 +1,37 @@
-"""The front end: which gradient is handed on."""
+"""The front end: which gradient is handed on to the optimizer.
 
-from grng.regularizers.explicit import double_backward_gradients, finite_difference_gradients
+GNP (SAM is its alpha = 1), ASAM and Explicit take further gradients of the same batch; AGR and ClipNorm change the one
+that there is. `Regularized(base, regularizer)` puts them over any optimizer, `GRNG(..., regularizer=...)` inside.
+"""
 
-__all__ = ["double_backward_gradients", "finite_difference_gradients"]
+from grng.regularizers.agr import AGR, agr
+from grng.regularizers.asam import ASAM
+from grng.regularizers.base import Passes, Regularizer, Transform
+from grng.regularizers.clip import ClipNorm
+from grng.regularizers.explicit import Explicit
+from grng.regularizers.frontend import FrontEnd
+from grng.regularizers.gnp import GNP, SAM, gnp_repository
+from grng.regularizers.registry import REGULARIZERS, make_regularizers
+from grng.regularizers.regularized import Regularized, closure_under_scaler
+from grng.regularizers.schedule import WARMUPS, Schedule
+
+__all__ = [
+    "AGR",
+    "ASAM",
+    "GNP",
+    "REGULARIZERS",
+    "SAM",
+    "WARMUPS",
+    "ClipNorm",
+    "Explicit",
+    "FrontEnd",
+    "Passes",
+    "Regularized",
+    "Regularizer",
+    "Schedule",
+    "Transform",
+    "agr",
+    "closure_under_scaler",
+    "gnp_repository",
+    "make_regularizers",
+]

@@ -1,153 +1,254 @@
-"""Explicit gradient regularization: the gradient of L + rho/2 ||grad L||^2, which is g + rho H g."""
+r"""Explicit gradient regularization: the gradient of the loss plus a penalty on its own norm.
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+L + rho/2 \|grad L\|^2  ->  g + rho H g           L + rho \|grad L\|  ->  g + rho H g / \|g\|
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from grng.damping import squared_norm
+from grng.curvature.capture import find_output
+from grng.errors import invalid, unknown
+from grng.regularizers.base import FirstPass, Gradients, Note, Parameters, Passes
+from grng.regularizers.gnp import TINY, scaled
+from grng.regularizers.schedule import check_number
 
-Closure = Callable[[], Any]
+SIGNS = {"forward": (1.0,), "backward": (-1.0,), "central": (0.5, -0.5), "double": (), "ggn": ()}
+PENALTIES = ("squared", "norm")
 
 
-class _BackwardWithGraph(TorchFunctionMode):
-    """Inside, `loss.backward()` leaves gradients that can be differentiated once more, without the reference cycle of
-    `backward(create_graph=True)`."""
+@dataclass(frozen=True)
+class Explicit(Passes):
+    r"""G = g + rho H g, the gradient of L + rho/2 \|grad L\|^2; or g + rho H g/\|g\|, that of L + rho \|grad L\|.
 
-    def __init__(self, parameters: list[nn.Parameter], note: Callable[[nn.Parameter, Tensor], None]) -> None:
+    ========== ======================================================= ===================== ==================
+    mode       H g                                                     error                 gradients a step
+    ========== ======================================================= ===================== ==================
+    "double"   differentiated twice                                    none                  1 + a product
+    "forward"  \|g\| (grad L(w + eps u) - g) / eps, u = g/\|g\|            linear in eps         2
+    "backward" \|g\| (g - grad L(w - eps u)) / eps                       linear in eps         2
+    "central"  \|g\| (grad L(w + eps u/2) - grad L(w - eps u/2)) / eps   quadratic in eps      3
+    "ggn"      G g, G the Gauss-Newton matrix of the loss, for H g     H - G                 1 + a product
+    ========== ======================================================= ===================== ==================
+
+    Published: Barrett & Dherin 2021 (arXiv 2009.11162); forward and backward Karakida et al. 2023 (arXiv 2210.02720).
+
+    Args:
+        rho: strength; a param group's {"regularizer": {"rho": ...}} overrides it. A function without arguments that
+            returns a scalar is asked after the first pass.
+        mode: one of the table; "double" and "ggn" take one backward() a closure, and every operation of the model must
+            be twice differentiable (fused attention is not). "ggn" needs the model, whose output it reads.
+        penalty: "squared" or "norm".
+        eps: the distance of the finite differences.
+        normalize: False: displace by eps g, as Karakida et al. do, in place of eps g/\|g\|.
+        warmup: "lambda" ramps rho, "zero" starts late; there is no "r".
+        and those of :class:`Passes`.
+
+    >>> from grng.regularizers import Regularized
+    >>> w = nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = Regularized(torch.optim.SGD([w], lr=1.0), Explicit(0.1, mode="double"))
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = w.square().sum()
+    ...     loss.backward()
+    ...     return loss
+    >>> round(optimizer.step(closure).item(), 4), round(w.item(), 4)  # g = 2, H = 2: G = 2 + 0.1 * 4
+    (1.0, -1.4)
+    """
+
+    rho: float | Callable[[], Tensor] = 0.01
+    mode: str = "forward"
+    penalty: str = "squared"
+    eps: float = 1e-2
+    normalize: bool = True
+    per_group: ClassVar[tuple[str, ...]] = ("rho",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value, choices in (("mode", self.mode, tuple(SIGNS)), ("penalty", self.penalty, PENALTIES)):
+            if value not in choices:
+                raise unknown(name, value, choices)
+        if not callable(self.rho):
+            check_number("rho", self.rho)
+        check_number("eps", self.eps, strict=True)
+        if self.warmup == "r":
+            raise invalid("warmup", self.warmup, '"none", "lambda" or "zero" for Explicit, which has no distance r')
+
+    @property
+    def needs_scale(self) -> bool:
+        return self.penalty == "squared" or not self.normalize
+
+    @property
+    def needs_model(self) -> bool:
+        return self.mode == "ggn" or super().needs_model
+
+    @property
+    def from_graph(self) -> bool:
+        """Whether the products come from the graph of the first pass."""
+        return self.mode in ("double", "ggn")
+
+    def signs(self, t: int) -> tuple[float, ...]:
+        return SIGNS[self.mode] if self.strength_ramp(t) else ()
+
+    def first_pass(self, parameters: Parameters, model: nn.Module | None, note: Note, t: int) -> FirstPass:
+        if not self.from_graph or not self.strength_ramp(t):
+            return FirstPass()
+        return ProductPass(parameters.tensors, self.takes(parameters), model if self.mode == "ggn" else None, note)
+
+    def displacement(self, parameters: Parameters, first: Gradients, t: int) -> list[Tensor]:
+        if self.normalize:
+            return scaled(first.values, [self.eps] * len(first.values), first.norm)
+        scale = first.norm.new_ones(()) if first.scale is None else first.scale
+        finite = torch.isfinite(first.norm)
+        return [torch.where(finite, g * (self.eps / scale), 0.0) for g in first.values]
+
+    def combine(
+        self, parameters: Parameters, first: Gradients, further: list[list[Tensor]], t: int
+    ) -> tuple[list[Tensor], dict[str, Any]]:
+        rho = [self._rho(own, first.norm) * self.strength_ramp(t) for own in parameters.overrides]
+        report = {"rho": rho[0] if rho else 0.0, "r": self.eps if self.signs(t) else 0.0}
+        if not further:
+            return first.values, report
+        norm = first.unscaled_norm
+        if self.from_graph:
+            # H_S g_S of a loss multiplied by S is S^2 H g.
+            products = further[0]
+            factor = torch.ones_like(norm) if first.scale is None else 1 / first.scale
+        else:
+            high, low = {
+                "forward": (further[0], first.values),
+                "backward": (first.values, further[0]),
+                "central": (further[0], further[-1]),
+            }[self.mode]
+            products = list(torch._foreach_sub(high, low))
+            factor = (norm if self.normalize else torch.ones_like(norm)) / self.eps
+        if self.penalty == "norm":
+            factor = factor / (norm + TINY)
+        strengths = [(r * factor).to(h.dtype) for r, h in zip(rho, products, strict=True)]
+        return [g + s * h for g, s, h in zip(first.values, strengths, products, strict=True)], report
+
+    def _rho(self, own: dict[str, Any] | None, norm: Tensor) -> Tensor:
+        rho = self.setting("rho", own)
+        return (rho() if callable(rho) else torch.as_tensor(rho, dtype=torch.float64)).to(norm.device)
+
+
+@dataclass
+class ProductPass(FirstPass):
+    """A first pass whose backward() leaves gradients that can be differentiated once more, and the products H g or G g.
+
+    Without the reference cycle of `backward(create_graph=True)`.
+    """
+
+    parameters: list[nn.Parameter]
+    taking: list[bool]
+    model: nn.Module | None  # given for Gauss-Newton products, whose output is read
+    note: Note
+    gradients: list[Tensor | None] | None = None
+    loss: Tensor | None = None
+    output: Tensor | None = None
+    calls: int = 0
+    hook: Any = field(default=None, repr=False)
+
+    def context(self) -> AbstractContextManager[Any]:
+        return _Context(self)
+
+    def backward(self, loss: Tensor, gradient: Any = None, inputs: Any = None, **_: Any) -> None:
+        """In place of `loss.backward()`."""
+        if self.gradients is not None:
+            raise RuntimeError(
+                "modes 'double' and 'ggn' take one backward() a closure or step: the penalty of a gradient that is "
+                "accumulated over several cannot be formed from its parts. Use finite differences (mode 'forward', for "
+                "variant 'reng' mode 'finite'), or one larger batch"
+            )
+        if gradient is not None or inputs is not None:
+            raise RuntimeError("modes 'double' and 'ggn' take backward() without gradient= and inputs=")
+        found = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
+        self.gradients, self.loss = list(found), loss
+        for p, g in zip(self.parameters, found, strict=True):
+            if g is not None:
+                self.note(p, g)
+                if p.grad is None:
+                    p.grad = g.detach().clone()
+                else:
+                    p.grad.add_(g.detach())
+
+    def further(self, paused: Callable[[], AbstractContextManager[None]]) -> list[dict[nn.Parameter, Tensor]]:
+        if self.gradients is None or self.loss is None:
+            raise RuntimeError(
+                "modes 'double' and 'ggn' found no gradient: call loss.backward() first, in that spelling: it is what "
+                "they differentiate twice"
+            )
+        pairs = zip(self.parameters, self.gradients, self.taking, strict=True)
+        have = [(p, g) for p, g, taken in pairs if g is not None and taken]
+        with torch.enable_grad(), paused():
+            try:
+                found = self._hessian(have) if self.model is None else self._gauss_newton(have)
+            except RuntimeError as error:
+                if "derivative for" not in str(error):
+                    raise
+                raise RuntimeError(
+                    f"modes 'double' and 'ggn' differentiate twice, which an operation of this model does not support "
+                    f"({error}). For fused attention run the closure under "
+                    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or use finite differences (mode 'forward', for "
+                    "variant 'reng' mode 'finite')"
+                ) from error
+        self.gradients = self.loss = self.output = None
+        return [{p: h for p, h in zip(self.parameters, found, strict=True) if h is not None}]
+
+    def _hessian(self, have: list[tuple[nn.Parameter, Tensor]]) -> tuple[Tensor | None, ...]:
+        norm = torch.stack([g.square().sum() for _, g in have]).sum() if have else torch.zeros(())
+        if not norm.requires_grad:  # a loss that is linear in the parameters
+            return (None,) * len(self.parameters)
+        return torch.autograd.grad(norm / 2, self.parameters, allow_unused=True)
+
+    def _gauss_newton(self, have: list[tuple[nn.Parameter, Tensor]]) -> tuple[Tensor | None, ...]:
+        r"""J^T H_f J g with f the model's output: J g is the derivative of the linear map v -> <J^T v, g> at any v."""
+        if self.output is None or self.calls != 1:
+            raise RuntimeError(
+                f"mode 'ggn' reads the output of one forward pass of the model a step, but saw {self.calls}: call the "
+                "model that the optimizer was given, once, or use mode 'forward'"
+            )
+        f, loss = self.output, self.loss
+        assert loss is not None
+        v = torch.zeros_like(f, requires_grad=True)
+        back = torch.autograd.grad(f, [p for p, _ in have], v, create_graph=True, allow_unused=True)
+        inner = [(b * g.detach()).sum() for b, (_, g) in zip(back, have, strict=True) if b is not None]
+        (Jg,) = torch.autograd.grad(torch.stack(inner).sum(), v, retain_graph=True)
+        (df,) = torch.autograd.grad(loss, f, create_graph=True)
+        if not df.requires_grad:  # a loss that is linear in the output
+            return (None,) * len(self.parameters)
+        (HJg,) = torch.autograd.grad(df, f, Jg.detach(), retain_graph=True)
+        return torch.autograd.grad(f, self.parameters, HJg, allow_unused=True)
+
+
+class _Context(TorchFunctionMode):
+    def __init__(self, owner: ProductPass) -> None:
         super().__init__()
-        self.parameters, self.note = parameters, note
-        self.gradients: list[Tensor | None] | None = None
+        self.owner = owner
+
+    def __enter__(self) -> "_Context":
+        owner = self.owner
+        if owner.model is not None:
+
+            def read(module: nn.Module, args: Any, output: Any) -> None:
+                owner.calls, owner.output = owner.calls + 1, find_output(output)
+
+            owner.hook = owner.model.register_forward_hook(read)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        if self.owner.hook is not None:
+            self.owner.hook.remove()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.Tensor.backward:
             return func(*args, **(kwargs or {}))
-        if self.gradients is not None:
-            raise RuntimeError(
-                "mode 'double' takes one backward() a closure: the penalty of a gradient that is accumulated over "
-                "several cannot be formed from its parts. Use mode 'finite', or one larger batch"
-            )
-        found = torch.autograd.grad(args[0], self.parameters, create_graph=True, allow_unused=True)
-        self.gradients = list(found)
-        for p, g in zip(self.parameters, found, strict=True):
-            if g is not None:
-                self.note(p, g)
-                p.grad = g.detach().clone() if p.grad is None else p.grad + g.detach()
+        self.owner.backward(*args, **(kwargs or {}))
         return None
-
-
-def double_backward_gradients(
-    closure: Closure,
-    parameters: list[nn.Parameter],
-    rho: Callable[[], Tensor],
-    paused: Callable[[], AbstractContextManager[None]],
-    note: Callable[[nn.Parameter, Tensor], None],
-) -> tuple[Any, dict[nn.Parameter, Tensor]]:
-    """g + rho H g exactly, by differentiating rho/2 ||g||^2 once more: about 9 forward passes.
-
-    Args:
-        closure: calls zero_grad, forward and one backward, and returns the loss.
-        parameters: whose gradients enter the norm.
-        rho: the strength, asked for after the first pass.
-        paused: a context in which no curvature is captured; the second backward pass runs in it.
-        note: called with every parameter and its plain gradient.
-
-    Returns:
-        what the closure returned, and the penalised gradient of every parameter that has one; `.grad` holds g.
-    """
-    mode = _BackwardWithGraph(parameters, note)
-    with torch.enable_grad(), mode:
-        loss = closure()
-    if mode.gradients is None:
-        return loss, {}
-    have = [(p, g) for p, g in zip(parameters, mode.gradients, strict=True) if g is not None]
-    plain = {p: g.detach() for p, g in have}
-    with torch.enable_grad(), paused():
-        norm = torch.stack([g.square().sum() for _, g in have]).sum()
-        if not norm.requires_grad:  # a loss that is linear in the parameters
-            return loss, plain
-        try:
-            found = torch.autograd.grad(norm / 2, list(plain), allow_unused=True)
-        except RuntimeError as error:
-            if "derivative for" in str(error):
-                raise RuntimeError(
-                    f"mode 'double' differentiates twice, which an operation of this model does not support ({error}). "
-                    "For fused attention run the closure under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or use "
-                    "mode 'finite' or 'ggn'"
-                ) from error
-            raise
-    strength = rho()
-    return loss, {p: g if h is None else g + strength * h for (p, g), h in zip(plain.items(), found, strict=True)}
-
-
-def finite_difference_gradients(
-    closure: Closure,
-    parameters: list[nn.Parameter],
-    rho: Callable[[], Tensor],
-    paused: Callable[[], AbstractContextManager[None]],
-    model: nn.Module,
-    eps: float = 1e-2,
-) -> tuple[Any, dict[nn.Parameter, Tensor]]:
-    """g + rho ||g|| (grad L(theta + eps g/||g||) - g) / eps: the closure runs twice, about 6 forward passes.
-
-    Both passes see the same random numbers; buffers (BatchNorm's running statistics) keep what the first pass left;
-    parameters are restored from a copy, to the bit, also when the closure raises. The error is linear in eps.
-
-    Returns:
-        what the closure returned first, and the regularised gradients; `.grad` holds g again.
-    """
-    before = _random_state(parameters)
-    with torch.enable_grad():
-        loss = closure()
-    after = _random_state(parameters)
-    have = [p for p in parameters if p.grad is not None]
-    plain = [p.grad.detach().clone() for p in have if p.grad is not None]
-    if not have:
-        return loss, {}
-    norm = squared_norm(plain).sqrt()
-    step = torch.where((norm > 0) & torch.isfinite(norm), eps / norm, 0.0)
-    with _moved(have, plain, step, model), paused(), torch.enable_grad():
-        _set_random_state(before)
-        closure()
-        moved = [torch.zeros_like(g) if p.grad is None else p.grad.detach() for p, g in zip(have, plain, strict=True)]
-    _set_random_state(after)
-    strength = rho() * norm / eps
-    result = {p: g + strength.to(g.dtype) * (m - g) for p, g, m in zip(have, plain, moved, strict=True)}
-    for p, g in zip(have, plain, strict=True):
-        p.grad = g
-    return loss, result
-
-
-@contextmanager
-def _moved(parameters: list[nn.Parameter], direction: list[Tensor], step: Tensor, model: nn.Module) -> Iterator[None]:
-    saved = [p.detach().clone() for p in parameters]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    with torch.no_grad():
-        for p, d in zip(parameters, direction, strict=True):
-            p.add_((step * d).to(p.dtype))
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for p, value in zip(parameters, saved, strict=True):
-                p.copy_(value)
-            for b, value in buffers:
-                b.copy_(value)
-
-
-def _random_state(parameters: list[nn.Parameter]) -> dict[torch.device | None, Tensor]:
-    states: dict[torch.device | None, Tensor] = {None: torch.get_rng_state()}
-    for device in {p.device for p in parameters if p.device.type == "cuda"}:
-        states[device] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def _set_random_state(states: dict[torch.device | None, Tensor]) -> None:
-    for device, state in states.items():
-        if device is None:
-            torch.set_rng_state(state)
-        else:
-            torch.cuda.set_rng_state(state, device)

@@ -296,7 +296,12 @@ def test_batch_that_is_not_finite(method: Method, at: int, value: float) -> None
                 train(optimizer, models[0], [spoiled(batch, value)])
                 after = tensors_of(optimizer)
                 changed = [k for k in before if not before[k].allclose(after[k], rtol=0, atol=0, equal_nan=True)]
-                assert {k.split(".", 1)[1] for k in changed} <= {"grng_steps", "grng_skipped", "fisher_rng"}
+                assert {k.split(".", 1)[1] for k in changed} <= {
+                    "grng_steps",
+                    "regularizer_steps",
+                    "grng_skipped",
+                    "fisher_rng",
+                }
                 assert before.keys() == after.keys()
                 assert torch.equal(vector(models[0]), weights)
                 assert optimizer.diagnostics["skipped"].item() == 1
