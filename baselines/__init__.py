@@ -1,5 +1,6 @@
-"""Optimizers to compare with, and one spelling for all: `make_optimizer("adamw", model, lr=1e-3)`."""
+"""Optimizers to compare with, and one spelling for all: `make_optimizer("adamw+gnp", model, gnp={"r": 0.05})`."""
 
-from .factory import OPTIMIZERS, Entry, make_optimizer
+from .adan import Adan
+from .factory import OPTIMIZERS, Entry, make_optimizer, parts_of
 
-__all__ = ["OPTIMIZERS", "Entry", "make_optimizer"]
+__all__ = ["OPTIMIZERS", "Adan", "Entry", "make_optimizer", "parts_of"]

@@ -1,6 +1,7 @@
 """The console command `grng`; its one job is `grng compare`."""
 
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from .compare import compare
 from .config import CompareConfig, parse_settings, read_recipe
 from .errors import InputError, MissingExtra, check_extra
+from .names import merge
 from .progress import default_reporter
 from .records import RunRecord
 from .summary import summarise, table
+from .tuning import BEST
 
 if TYPE_CHECKING:
     import typer
@@ -48,22 +51,31 @@ def make_app() -> "typer.Typer":
         text += f" [default: {shown}]" if shown else ""
         return typer.Option(f"--{name.replace('_', '-')}", help=text, show_default=False)
 
+    names_help = "OPTIMIZER[+REGULARIZER...][/LABEL], as adamw or adamw+gnp/zero; comma-separated or repeated."
+    set_help = "One setting, as ring.rho=1e-3 or adamw+gnp/zero.gnp.warmup=zero; repeatable."
+    validation_help = "Score on a tenth of the training set, held out, and leave the test set alone: for tuning."
+    recipe_help = "TOML file of these options, and of grids of settings; those given here win."
+
     @app.command("compare")
     def compare_command(
         data: Annotated[str | None, option("data", "digits, or a folder with a .npz or MNIST-style idx files.")] = None,
         model: Annotated[str | None, option("model", "mlp, cnn or transformer.")] = None,
-        optimizers: Annotated[list[str] | None, option("optimizers", "Comma-separated or repeated.")] = None,
+        optimizers: Annotated[list[str] | None, option("optimizers", names_help)] = None,
         epochs: Annotated[int | None, option("epochs", "Passes over the data.")] = None,
         seeds: Annotated[int | None, option("seeds", "How many seeds.")] = None,
         batch_size: Annotated[int | None, option("batch_size", "Samples a step.")] = None,
         lr_schedule: Annotated[str | None, option("lr_schedule", "cosine or constant.")] = None,
-        sets: Annotated[list[str] | None, option("set", "One setting, as ring.rho=1e-3; repeatable.")] = None,
-        target: Annotated[float | None, option("target", "The test accuracy to reach.")] = None,
+        lr_warmup_epochs: Annotated[
+            float | None, option("lr_warmup_epochs", "Over which the rate rises first.")
+        ] = None,
+        sets: Annotated[list[str] | None, option("set", set_help)] = None,
+        target: Annotated[float | None, option("target", "The accuracy to reach.")] = None,
+        validation: Annotated[bool, option("validation", validation_help)] = False,
         out: Annotated[Path | None, option("out", "Folder of the results.")] = None,
         device: Annotated[str | None, option("device", "cpu, cuda or auto.")] = None,
         threads: Annotated[int | None, option("threads", "CPU threads; one gives the steadiest times.")] = None,
         resume: Annotated[bool, option("resume", "Continue in a folder of results; skip finished runs.")] = False,
-        recipe: Annotated[Path | None, option("recipe", "TOML file of these options; those given here win.")] = None,
+        recipe: Annotated[Path | None, option("recipe", recipe_help)] = None,
     ) -> None:
         """Train one model with several optimizers from the same weights and batches, and report."""
         given: dict[str, Any] = {
@@ -74,6 +86,8 @@ def make_app() -> "typer.Typer":
             "seeds": seeds,
             "batch_size": batch_size,
             "lr_schedule": lr_schedule,
+            "lr_warmup_epochs": lr_warmup_epochs,
+            "validation": validation or None,
             "target": target,
             "out": out,
             "device": device,
@@ -83,8 +97,9 @@ def make_app() -> "typer.Typer":
         try:
             options = read_recipe(recipe) if recipe else {}
             options |= {name: value for name, value in given.items() if value is not None}
-            options["settings"] = merge(options.get("settings", {}), parse_settings(sets or ()))
             config = CompareConfig(**options)
+            given_settings = parse_settings(sets or (), config.titles)
+            config = replace(config, settings=merge(config.settings, given_settings))
             records = compare(config, default_reporter())
         except InputError as error:
             typer.echo(f"grng compare: error: {error}", err=True)
@@ -103,11 +118,6 @@ def names_in(lists: list[str]) -> list[str]:
     return [name.strip() for names in lists for name in names.split(",") if name.strip()]
 
 
-def merge(recipe: dict[str, dict[str, Any]], given: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The settings of the recipe, overridden one by one by those of the command line."""
-    return {name: {**recipe.get(name, {}), **given.get(name, {})} for name in {**recipe, **given}}
-
-
 def show(config: CompareConfig, records: list[RunRecord]) -> None:
     """Print the summary, and where the rest is."""
     from rich.box import SIMPLE_HEAD
@@ -122,4 +132,7 @@ def show(config: CompareConfig, records: list[RunRecord]) -> None:
         sheet.add_row(*row)
     console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
     console.print(sheet)
-    console.print(f"Settings not tuned; seconds of this machine. Report: {config.out / 'report.html'}", soft_wrap=True)
+    untuned = f"Settings from {config.settings_from}" if config.settings_from else "Settings not tuned"
+    notes = [f"Best settings: {config.out / BEST}" if config.grid else untuned]
+    notes += ["scores of a validation set"] * config.validation + ["seconds of this machine"]
+    console.print(f"{'; '.join(notes)}. Report: {config.out / 'report.html'}", soft_wrap=True)

@@ -14,14 +14,16 @@ import torch
 from grng.baselines import make_optimizer
 
 from .config import CompareConfig, resolve_device
-from .data import Dataset, load_data
+from .data import Dataset, hold_out, load_data
 from .errors import InputError, check_extra
 from .models import build_model
+from .names import flat, optimizer_of
 from .progress import Reporter
 from .records import RunRecord, hash_of, read_runs, write_results, write_run
 from .report import write_report
-from .runner import run
+from .runner import completed, run
 from .summary import names_of, summarise
+from .tuning import best_of, write_best
 
 
 def compare(config: CompareConfig, reporter: Reporter | None = None) -> list[RunRecord]:
@@ -34,11 +36,12 @@ def compare(config: CompareConfig, reporter: Reporter | None = None) -> list[Run
     with threads(config.threads), frozen_objects():
         device = resolve_device(config.device)
         data = load_data(config.data)
+        data = hold_out(data) if config.validation else data
         check_buildable(config, data)
         job = Job(config, data, device)
         done = job.prepare_folder()
         data = data.to(device)
-        planned = [(name, seed) for seed in range(config.seeds) for name in config.optimizers]
+        planned = [(name, seed) for seed in range(config.seeds) for name in config.names]
         missing = [(name, seed) for name, seed in planned if job.key(name, seed) not in done]
         with reporter or Reporter() as reporter:
             reporter.begin(len(planned), len(planned) - len(missing), config.epochs)
@@ -53,6 +56,8 @@ def compare(config: CompareConfig, reporter: Reporter | None = None) -> list[Run
                 job.write_results()
                 reporter.run_ended(record)
         records = job.write_results()
+        if config.grid:
+            job.write_best(records)
         write_report(config, records)
         return records
 
@@ -61,12 +66,13 @@ class Job:
     """One comparison bound to its data and device: which runs belong to it, and where they lie."""
 
     def __init__(self, config: CompareConfig, data: Dataset, device: torch.device) -> None:
-        self.config, self.metric = config, data.metric
+        self.config, self.metric, self.scored_on = config, data.metric, data.scored_on
         self.environment = environment(device)
-        names = ("data", "model", "epochs", "batch_size", "lr_schedule")
+        names = ("data", "model", "epochs", "batch_size", "lr_schedule", "lr_warmup_epochs")
         self.shared = {name: getattr(config, name) for name in names} | {
             "data": data.name,
             "fingerprint": data.fingerprint,
+            "scored_on": data.scored_on,
             "samples": [len(data.x_train), len(data.x_test)],
             "shape": list(data.shape),
             "device": device.type,
@@ -76,12 +82,13 @@ class Job:
 
     def key(self, optimizer: str, seed: int) -> str:
         """Hash of everything that decides a run; one with the same key need not be made again."""
-        return hash_of([self.shared, optimizer, seed, self.config.settings.get(optimizer, {})])
+        return hash_of([self.shared, optimizer, seed, self.config.given(optimizer)])
 
     def record(self, optimizer: str, seed: int) -> RunRecord:
-        given = dict(self.config.settings.get(optimizer, {}))
-        key = self.key(optimizer, seed)
-        return RunRecord(key, optimizer, seed, self.shared, given, self.environment, metric=self.metric)
+        key, given = self.key(optimizer, seed), self.config.given(optimizer)
+        record = RunRecord(key, optimizer, seed, self.shared, given, self.environment)
+        record.metric, record.scored_on = self.metric, self.scored_on
+        return record
 
     def records(self) -> list[RunRecord]:
         """The runs in the folder that belong to this comparison, those of further seeds and optimizers included."""
@@ -107,21 +114,31 @@ class Job:
     def write_results(self) -> list[RunRecord]:
         records, target = self.records(), self.config.target
         rows = [asdict(row) for row in summarise(records, target)]
-        head = {"job": self.shared, "target": target, "environment": self.environment, "summary": rows}
+        head = {"scored_on": self.scored_on, "job": self.shared, "target": target, "environment": self.environment}
+        head["summary"] = rows
         write_results(self.config.out, head, records, target)
         return records
+
+    def write_best(self, records: list[RunRecord]) -> None:
+        """Write the settings of the best point of every grid."""
+        config = self.config
+        names = {title: best_of(points, records, config.seeds) for title, points in config.points.items()}
+        best = {title: None if name is None else config.given(name) for title, name in names.items()}
+        score = f"mean {self.scored_on} {self.metric} over {config.seeds} seed{'s' * (config.seeds != 1)}"
+        write_best(config.out, best, f"The best point of each grid, by the {score}.")
 
 
 def check_buildable(config: CompareConfig, data: Dataset) -> None:
     """Build the model and every optimizer once, so that a wrong setting is known before hours of runs."""
-    for name in config.optimizers:
+    steps = len(data.x_train) // min(config.batch_size, len(data.x_train))
+    for name in config.names:
         with torch.random.fork_rng(devices=[]):
             model = build_model(config.model, data.shape, data.outputs)
-        given = config.settings.get(name, {})
+        given = config.given(name)
         try:
-            optimizer = make_optimizer(name, model, **given)
+            optimizer = make_optimizer(optimizer_of(name), model, **completed(given, steps))
         except (TypeError, ValueError, ImportError) as error:
-            settings = ", ".join(f"{key}={value}" for key, value in given.items()) or "its defaults"
+            settings = ", ".join(f"{key}={value}" for key, value in flat(given).items()) or "its defaults"
             raise InputError(f"optimizer {name!r} cannot be built with {settings}: {error}") from error
         getattr(optimizer, "close", lambda: None)()
 

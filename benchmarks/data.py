@@ -27,7 +27,8 @@ class Dataset:
     """Standardised inputs and targets; integer targets are classes, real ones are regressed on.
 
     Images have shape (N, C, H, W), other inputs (N, features). `target_scale` undoes the standardisation of a
-    regression's targets, so that its error is in their own units.
+    regression's targets, so that its error is in their own units. `scored_on` says what x_test and y_test are: the
+    "test" set, or the "validation" set that takes its place.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Dataset:
     outputs: int
     fingerprint: str
     target_scale: Tensor | None = None
+    scored_on: str = "test"
 
     @property
     def metric(self) -> str:
@@ -56,6 +58,17 @@ class Dataset:
             key: value.to(device) for key, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **tensors)
+
+
+def hold_out(data: Dataset) -> Dataset:
+    """A tenth of the training set in place of the test set, the same samples whatever the seed of a run."""
+    count = len(data.x_train) // 10
+    if not count:
+        raise InputError(f"{data.name} has {len(data.x_train)} training samples: a validation set takes 10 or more")
+    order = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(0)).to(data.x_train.device)
+    held, kept = order[:count], order[count:]
+    x, y = data.x_train, data.y_train
+    return replace(data, x_train=x[kept], y_train=y[kept], x_test=x[held], y_test=y[held], scored_on="validation")
 
 
 def load_data(source: str) -> Dataset:

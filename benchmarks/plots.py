@@ -1,10 +1,11 @@
-"""The figures of a comparison, one colour an optimizer, the same in all of them."""
+"""The figures of a comparison, one colour a name, the same in all of them."""
 
 import math
 from collections.abc import Callable, Sequence
 from statistics import fmean, median
 from typing import Any
 
+from .names import base_of
 from .records import RunRecord
 from .summary import names_of, present
 
@@ -20,8 +21,11 @@ COLOURS = {
     "adamw": "#222222",
     "nadamw": "#CC79A7",
     "rmsprop": "#8C6D31",
+    "adan": "#5E4FA2",
 }
-BASELINES = ("sgd", "sgd-momentum", "adamw", "nadamw", "rmsprop")
+# For names with regularizers or labels, in turn (after Tol's muted and bright palettes).
+FURTHER = ("#882255", "#44AA99", "#CC6677", "#332288", "#999933", "#EE7733", "#117733", "#AA4499", "#33BBEE", "#A0522D")
+BASELINES = ("sgd", "sgd-momentum", "adamw", "nadamw", "rmsprop", "adan")
 STYLE: Any = {
     "font.size": 10.5,
     "axes.titlesize": 11.5,
@@ -60,9 +64,9 @@ def draw_figures(records: Sequence[RunRecord], target: float) -> dict[str, Any]:
 def loss_figure(records: Sequence[RunRecord]) -> Any:
     """Training loss against steps and against seconds."""
     figure, (left, right) = panels(sharey=True)
-    for name, runs in groups(records):
-        band(left, name, runs, lambda r: r.curve["step"], lambda r: smooth(r.curve["loss"]))
-        band(right, name, runs, lambda r: r.curve["seconds"], lambda r: smooth(r.curve["loss"]))
+    for name, hue, runs in groups(records):
+        band(left, name, hue, runs, lambda r: r.curve["step"], lambda r: smooth(r.curve["loss"]))
+        band(right, name, hue, runs, lambda r: r.curve["seconds"], lambda r: smooth(r.curve["loss"]))
     left.set(title="Training loss against steps", xlabel="step", ylabel="training loss, smoothed", yscale="log")
     right.set(title="Training loss against seconds", xlabel="seconds of training")
     limit_loss(left, records)
@@ -71,20 +75,20 @@ def loss_figure(records: Sequence[RunRecord]) -> Any:
 
 
 def score_figure(records: Sequence[RunRecord], target: float) -> Any:
-    """The test metric against epochs, and at the end of every run."""
+    """The metric against epochs, and at the end of every run."""
     accuracy = records[0].metric == "accuracy"
     scale = 100 if accuracy else 1
-    label = "test accuracy (%)" if accuracy else "test RMSE"
-    figure, (left, right) = panels()
-    for name, runs in groups(records):
-        band(left, name, runs, lambda r: [e["epoch"] for e in r.epochs], lambda r: scaled(r.epochs, scale))
-    left.set(title=f"{label.split(' (')[0].capitalize()} against epochs", xlabel="epoch", ylabel=label)
+    label = f"{records[0].scored_on} {'accuracy (%)' if accuracy else 'RMSE'}"
     names = names_of(records)
-    for row, (name, runs) in enumerate(groups(records)):
+    figure, (left, right) = panels(height=max(4.0, 1.6 + 0.3 * len(names)))
+    for name, hue, runs in groups(records):
+        band(left, name, hue, runs, lambda r: [e["epoch"] for e in r.epochs], lambda r: scaled(r.epochs, scale))
+    left.set(title=f"{label.split(' (')[0].capitalize()} against epochs", xlabel="epoch", ylabel=label)
+    for row, (_, hue, runs) in enumerate(groups(records)):
         ends = [scale * value for value in present(r.test_metric for r in runs)]
         heights = [row + (i - (len(ends) - 1) / 2) * min(0.5 / len(ends), 0.1) for i in range(len(ends))]
-        right.scatter(ends, heights, s=24, color=colour(name), alpha=0.55, linewidths=0)
-        right.plot([fmean(ends or [math.nan])] * 2, [row - 0.33, row + 0.33], color=colour(name), linewidth=2.5)
+        right.scatter(ends, heights, s=24, color=hue, alpha=0.55, linewidths=0)
+        right.plot([fmean(ends or [math.nan])] * 2, [row - 0.33, row + 0.33], color=hue, linewidth=2.5)
     right.set(title="At the end: each seed a dot, the mean a bar", xlabel=label, yticks=range(len(names)))
     right.set_yticklabels(names)
     right.invert_yaxis()
@@ -99,12 +103,12 @@ def cost_figure(records: Sequence[RunRecord]) -> Any:
     """Time of one step: the mean as a bar, the median and p99 as marks."""
     names = names_of(records)
     figure, axes = panels(count=1, height=1.3 + 0.36 * len(names))
-    for row, (name, runs) in enumerate(groups(records)):
+    for row, (_, hue, runs) in enumerate(groups(records)):
         mean, middle, p99 = (1000 * median(r.step_seconds[kind] for r in runs) for kind in ("mean", "median", "p99"))
-        axes.barh(row, mean, height=0.62, color=colour(name), alpha=0.85)
+        axes.barh(row, mean, height=0.62, color=hue, alpha=0.85)
         axes.plot([middle, middle], [row - 0.31, row + 0.31], color="white", linewidth=2)
-        axes.plot([mean, max(p99, mean)], [row, row], color=colour(name), linewidth=1.2)
-        axes.plot([p99], [row], "|", color=colour(name), markersize=9, markeredgewidth=1.6)
+        axes.plot([mean, max(p99, mean)], [row, row], color=hue, linewidth=1.2)
+        axes.plot([p99], [row], "|", color=hue, markersize=9, markeredgewidth=1.6)
         axes.annotate(f"{mean:.2f}", (max(p99, mean), row), (7, 0), textcoords="offset points", va="center", size=9.5)
     axes.set(title="Milliseconds a step: mean (bar), median (white line), 99th percentile (tick)", xlabel="ms/step")
     axes.set_yticks(range(len(names)), names)
@@ -121,18 +125,19 @@ def panels(count: int = 2, height: float = 4.0, **options: Any) -> tuple[Any, An
     return figure, figure.subplots(1, count, **options)
 
 
-def groups(records: Sequence[RunRecord]) -> list[tuple[str, list[RunRecord]]]:
-    return [(name, [r for r in records if r.optimizer == name]) for name in names_of(records)]
+def groups(records: Sequence[RunRecord]) -> list[tuple[str, str, list[RunRecord]]]:
+    """Names with their colours and runs."""
+    hues = colours(names_of(records))
+    return [(name, hues[name], [r for r in records if r.optimizer == name]) for name in names_of(records)]
 
 
-def band(axes: Any, name: str, runs: Sequence[RunRecord], x: Series, y: Series) -> None:
+def band(axes: Any, name: str, hue: str, runs: Sequence[RunRecord], x: Series, y: Series) -> None:
     """The median over the seeds as a line in a band from the least to the greatest; a diverged run ends early."""
     columns = [present_columns([series(r) for r in runs]) for series in (x, y)]
     at = [median(values) for values in columns[0]]
     middle, low, high = ([pick(values) for values in columns[1]] for pick in (median, min, max))
-    style = (0, (5, 2)) if name in BASELINES else "solid"
-    axes.fill_between(at[: len(low)], low, high, color=colour(name), alpha=0.13, linewidth=0)
-    axes.plot(at[: len(middle)], middle, color=colour(name), linestyle=style)
+    axes.fill_between(at[: len(low)], low, high, color=hue, alpha=0.13, linewidth=0)
+    axes.plot(at[: len(middle)], middle, color=hue, linestyle=line_style(name))
 
 
 def present_columns(rows: Sequence[Sequence[float | None]]) -> list[list[float]]:
@@ -187,22 +192,31 @@ def limit_accuracy(left: Any, right: Any, records: Sequence[RunRecord], target: 
     shown = [100 * v for v in present(r.test_metric for r in records) if v >= low]
     width = max(max(shown) - min(shown), 0.5)
     right.set_xlim(min(shown) - 0.08 * width, max(shown) + 0.08 * width)
-    for row, (name, runs) in enumerate(groups(records)):
+    for row, (_, hue, runs) in enumerate(groups(records)):
         below = [100 * v for v in present(r.test_metric for r in runs) if v < low]
         if below:
             text = f"◂ {len(below)} of {len(runs)} seeds, at {fmean(below):.3g} % in the mean"
-            right.text(0.01, row, text, transform=right.get_yaxis_transform(), va="center", size=9, color=colour(name))
+            right.text(0.01, row, text, transform=right.get_yaxis_transform(), va="center", size=9, color=hue)
 
 
 def legend(figure: Any, records: Sequence[RunRecord]) -> None:
     from matplotlib.lines import Line2D
 
     names = names_of(records)
-    handles = [
-        Line2D([], [], color=colour(name), linestyle=(0, (5, 2)) if name in BASELINES else "solid") for name in names
-    ]
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), handlelength=2.2, columnspacing=1.6)
+    handles = [Line2D([], [], color=hue, linestyle=line_style(name)) for name, hue, _ in groups(records)]
+    columns = max(1, min(len(names), 130 // (max(map(len, names)) + 6)))  # as many as the figure is wide
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=2.2, columnspacing=1.6)
 
 
-def colour(name: str) -> str:
-    return COLOURS.get(name, "#A0522D")
+def line_style(name: str) -> Any:
+    return (0, (5, 2)) if base_of(name) in BASELINES else "solid"
+
+
+def colours(names: Sequence[str]) -> dict[str, str]:
+    """A colour for each of the names: its own where it has one, else the next of the further ones.
+
+    >>> colours(["adamw", "adamw+gnp"])
+    {'adamw': '#222222', 'adamw+gnp': '#882255'}
+    """
+    further = [name for name in names if name not in COLOURS]
+    return {name: COLOURS.get(name) or FURTHER[further.index(name) % len(FURTHER)] for name in names}

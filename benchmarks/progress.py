@@ -82,8 +82,9 @@ def describe(record: RunRecord) -> str:
     if record.status == "failed":
         return f"{head}failed, {record.message}"
     trouble = f"; {record.status}, {record.message}" if record.status == "diverged" else ""
+    reached = f"{record.scored_on} {record.metric} {score(record.test_metric, record.metric)}"
     return (
-        f"{head}test {record.metric} {score(record.test_metric, record.metric)}, train loss {record.train_loss:.3g}, "
+        f"{head}{reached}, train loss {record.train_loss:.3g}, "
         f"{1000 * record.step_seconds['mean']:.2f} ms/step, {record.seconds:.1f} s{trouble}"
     )
 

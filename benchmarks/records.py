@@ -13,6 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from .names import file_name
+
 CURVE_POINTS = 300
 
 
@@ -25,7 +27,9 @@ class RunRecord:
     curve        training loss of each step, averaged down to at most 300 points, with its step and time
     epochs       one row an epoch: seconds so far, mean training loss, test loss, and the test metric
     step_seconds median, mean and p99 of one step; the mean carries the amortised refreshes that the median hides
-    gradient_evaluations  forward and backward passes that the loop or the closure made
+    scored_on    whether every test metric and loss is one of the "test" set or of a held-out "validation" set
+    gradient_evaluations  forward and backward passes that the loop or the closure made; a product with the Hessian that
+                          the optimizer reports counts as two
     """
 
     key: str
@@ -37,6 +41,7 @@ class RunRecord:
     status: str = "finished"
     message: str = ""
     metric: str = "accuracy"
+    scored_on: str = "test"
     test_metric: float | None = None
     test_loss: float | None = None
     train_loss: float | None = None
@@ -58,6 +63,10 @@ class RunRecord:
     @property
     def name(self) -> str:
         return f"{self.optimizer}-seed{self.seed}"
+
+    @property
+    def file_name(self) -> str:
+        return f"{file_name(self.optimizer)}-seed{self.seed}.json"
 
 
 def hash_of(value: Any) -> str:
@@ -91,7 +100,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def write_run(out: Path, record: RunRecord) -> None:
     text = json.dumps(storable(asdict(record)), allow_nan=False)
-    write_atomically(out / "runs" / f"{record.name}.json", text)
+    write_atomically(out / "runs" / record.file_name, text)
 
 
 def read_runs(out: Path) -> list[RunRecord]:

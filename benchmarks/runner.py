@@ -9,8 +9,9 @@ import copy
 import gc
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median, quantiles
@@ -18,13 +19,16 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from grng.baselines import make_optimizer
+from grng.baselines import make_optimizer, parts_of
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+
+from grng.regularizers import Passes, make_regularizers
 
 from .data import Dataset
 from .models import build_model
+from .names import optimizer_of
 from .records import RunRecord, downsample
 
 WARM_UP_STEPS = 3
@@ -98,7 +102,7 @@ def run(record: RunRecord, data: Dataset, device: torch.device, on_epoch: Callab
 
 def train(record: RunRecord, data: Dataset, device: torch.device, on_epoch: Callable[[int], None]) -> None:
     config = record.config
-    record.metric = data.metric
+    record.metric, record.scored_on = data.metric, data.scored_on
     torch.manual_seed(record.seed)
     model = build_model(config["model"], data.shape, data.outputs).to(device)
     record.parameters = sum(p.numel() for p in model.parameters())
@@ -111,10 +115,12 @@ def train(record: RunRecord, data: Dataset, device: torch.device, on_epoch: Call
     torch.manual_seed(record.seed)
     gc.collect()
     reset_peak_memory(device)
-    with closing(make_optimizer(record.optimizer, model, **record.given)) as optimizer:
-        record.settings = {k: v for k, v in {**optimizer.defaults, **record.given}.items() if v is not None}
+    given = completed(record.given, len(batches[0]))
+    with closing(make_optimizer(optimizer_of(record.optimizer), model, **given)) as optimizer:
+        record.settings = as_built(record.optimizer, optimizer.defaults, given)
         stepper = Stepper(model, optimizer, data.loss)
-        schedule = make_schedule(config["lr_schedule"], optimizer, sum(map(len, batches)))
+        rising = round(config["lr_warmup_epochs"] * len(batches[0]))
+        schedule = make_schedule(config["lr_schedule"], optimizer, sum(map(len, batches)), rising)
         clock, losses, seconds = Clock(device), list[float](), list[float]()
         for epoch, indices in enumerate(batches, 1):
             indices = indices.to(device)
@@ -146,14 +152,48 @@ def epoch_batches(samples: int, batch: int, seed: int, epoch: int) -> Tensor:
     return order[: samples // batch * batch].view(-1, batch)
 
 
-def make_schedule(name: str, optimizer: Optimizer, steps: int) -> LRScheduler | None:
+def completed(given: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """The settings of a run whose epochs have `steps` steps, told to the warm-ups that are counted in epochs.
+
+    >>> completed({"lr": 0.1, "gnp": {"warmup": "zero", "warmup_epochs": 2}}, 20)["gnp"]
+    {'steps_per_epoch': 20, 'warmup': 'zero', 'warmup_epochs': 2}
+    """
+    return {
+        key: {"steps_per_epoch": steps, **value} if isinstance(value, Mapping) and "warmup_epochs" in value else value
+        for key, value in given.items()
+    }
+
+
+def as_built(name: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run, defaults included; of its regularizers those that say what they do, and what is given.
+
+    >>> as_built("sgd+sam", {"lr": 0.1}, {"sam": {"r": 0.2}})
+    {'lr': 0.1, 'sam': {'r': 0.2, 'alpha': 1.0, 'first': 'raw'}}
+    """
+    built = {**defaults, **given}
+    shared = {f.name for f in fields(Passes)}
+    for key in parts_of(optimizer_of(name))[1]:
+        parts = make_regularizers(key, **given.get(key, {}))
+        own = {k: v for part in parts for k, v in vars(part).items() if k not in shared}
+        built[key] = {k: v for k, v in {**own, **given.get(key, {})}.items() if v is not None}
+    return {k: v for k, v in built.items() if v is not None}
+
+
+def make_schedule(name: str, optimizer: Optimizer, steps: int, rising: int = 0) -> LRScheduler | None:
+    """The learning rate's schedule, which begins with `rising` steps of a linear warm-up."""
+    if rising and name == "constant":
+        return LinearLR(optimizer, 1 / rising, total_iters=rising)
+    if rising:
+        parts = [LinearLR(optimizer, 1 / rising, total_iters=rising), CosineAnnealingLR(optimizer, steps - rising)]
+        return SequentialLR(optimizer, parts, [rising])
     return CosineAnnealingLR(optimizer, T_max=steps) if name == "cosine" else None
 
 
 def warm_up(record: RunRecord, model: nn.Module, data: Dataset, batch: int) -> None:
     """Make a few steps on copies, the schedule's included, and evaluate once."""
     model = copy.deepcopy(model)
-    with closing(make_optimizer(record.optimizer, model, **record.given)) as optimizer:
+    given = completed(record.given, len(data.x_train) // batch)
+    with closing(make_optimizer(optimizer_of(record.optimizer), model, **given)) as optimizer:
         stepper = Stepper(model, optimizer, data.loss)
         schedule = make_schedule(record.config["lr_schedule"], optimizer, WARM_UP_STEPS)
         for _ in range(WARM_UP_STEPS):
@@ -204,7 +244,8 @@ def evaluate(model: nn.Module, data: Dataset, inputs: Tensor, targets: Tensor) -
 
 def finish(record: RunRecord, stepper: Stepper, losses: list[float], seconds: list[float]) -> None:
     """Fill in the curve, the time of a step, and what the optimizer says of itself."""
-    record.steps, record.gradient_evaluations = len(losses), stepper.evaluations
+    products = getattr(stepper.optimizer, "hessian_products", 0)  # each a backward pass through a backward pass
+    record.steps, record.gradient_evaluations = len(losses), stepper.evaluations + 2 * products
     elapsed = torch.tensor(seconds, dtype=torch.float64).cumsum(0).tolist()
     steps = [float(step) for step in range(1, len(losses) + 1)]
     record.curve = {"step": downsample(steps), "seconds": downsample(elapsed), "loss": downsample(losses)}

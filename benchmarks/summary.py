@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean, median, stdev
 from typing import Any
 
-from grng.baselines import OPTIMIZERS
-
+from .names import optimizer_of, ordered
 from .records import RunRecord, epochs_to
 
 REFERENCE = "adamw"
@@ -27,6 +26,7 @@ class Summary:
     failed: int
     diverged: int
     metric: str
+    scored_on: str = "test"
     mean: float | None = None
     deviation: float | None = None
     worst: float | None = None
@@ -42,9 +42,9 @@ class Summary:
 
 
 def summarise(records: Sequence[RunRecord], target: float) -> list[Summary]:
-    """One row an optimizer, in the order of the table of optimizers."""
+    """One row a name, in the order of the table of optimizers."""
     rows = [summarise_one([r for r in records if r.optimizer == name], target) for name in names_of(records)]
-    reference = next((row.step_seconds for row in rows if row.optimizer == REFERENCE), None)
+    reference = next((row.step_seconds for row in rows if optimizer_of(row.optimizer) == REFERENCE), None)
     for row in rows:
         if reference and row.step_seconds:
             row.step_ratio = row.step_seconds / reference
@@ -52,8 +52,7 @@ def summarise(records: Sequence[RunRecord], target: float) -> list[Summary]:
 
 
 def names_of(records: Sequence[RunRecord]) -> list[str]:
-    present = {record.optimizer for record in records}
-    return [name for name in OPTIMIZERS if name in present]
+    return ordered(record.optimizer for record in records)
 
 
 def summarise_one(records: Sequence[RunRecord], target: float) -> Summary:
@@ -64,6 +63,7 @@ def summarise_one(records: Sequence[RunRecord], target: float) -> Summary:
         failed=len(records) - len(usable),
         diverged=sum(r.status == "diverged" for r in records),
         metric=records[0].metric,
+        scored_on=records[0].scored_on,
     )
     metrics = present(r.test_metric for r in usable)
     if metrics:
@@ -89,7 +89,7 @@ def present(values: Any) -> list[Any]:
 
 
 def score(value: float | None, metric: str) -> str:
-    """A test metric for people: percent for accuracy, four digits for an RMSE."""
+    """A metric for people: percent for accuracy, four digits for an RMSE."""
     if value is None:
         return "–"
     return f"{100 * value:.2f} %" if metric == "accuracy" else f"{value:.4g}"
@@ -97,7 +97,7 @@ def score(value: float | None, metric: str) -> str:
 
 HEADINGS = (
     "optimizer",
-    "test {metric}",
+    "{scored_on} {metric}",
     "worst seed",
     "train loss",
     "ms/step",
@@ -111,8 +111,8 @@ HEADINGS = (
 
 def table(rows: Sequence[Summary], target: float) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of the summary as text."""
-    metric = rows[0].metric if rows else "accuracy"
-    headings = [heading.format(metric=metric, target=f"{100 * target:g}%") for heading in HEADINGS]
+    what = {"metric": rows[0].metric, "scored_on": rows[0].scored_on} if rows else {"metric": "", "scored_on": "test"}
+    headings = [heading.format(**what, target=f"{100 * target:g}%") for heading in HEADINGS]
     return headings, [cells(row) for row in rows]
 
 
