@@ -19,10 +19,10 @@ from .errors import InputError, check_extra
 from .models import build_model
 from .names import flat, optimizer_of
 from .progress import Reporter
-from .records import RunRecord, hash_of, read_runs, write_results, write_run
+from .records import RunRecord, hash_of, read_runs, write_atomically, write_results, write_run
 from .report import write_report
 from .runner import completed, run
-from .summary import names_of, summarise
+from .summary import markdown, names_of, summarise
 from .tuning import best_of, write_best
 
 
@@ -117,6 +117,7 @@ class Job:
         head = {"scored_on": self.scored_on, "job": self.shared, "target": target, "environment": self.environment}
         head["summary"] = rows
         write_results(self.config.out, head, records, target)
+        write_atomically(self.config.out / "table.md", markdown(summarise(records, target), target))
         return records
 
     def write_best(self, records: list[RunRecord]) -> None:

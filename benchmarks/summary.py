@@ -35,6 +35,7 @@ class Summary:
     step_ratio: float | None = None
     seconds: float | None = None
     gradient_evaluations: int | None = None
+    gradients_per_step: float | None = None
     epochs_to_target: float | None = None
     reached: int = 0
     peak_memory: int | None = None
@@ -75,6 +76,7 @@ def summarise_one(records: Sequence[RunRecord], target: float) -> Summary:
         row.step_seconds = median(r.step_seconds["mean"] for r in usable)
         row.seconds = median(r.seconds for r in usable)
         row.gradient_evaluations = round(median(r.gradient_evaluations for r in usable))
+        row.gradients_per_step = median(r.gradient_evaluations / max(r.steps, 1) for r in usable)
         row.peak_memory = max(present(r.peak_memory for r in usable), default=None)
         row.state_bytes = max(r.state_bytes for r in usable)
         reached = [epochs_to(r, target) for r in usable]
@@ -103,7 +105,7 @@ HEADINGS = (
     "ms/step",
     "× adamw",
     "seconds",
-    "gradients",
+    "gradients/step",
     "epochs to {target}",
     "trouble",
 )
@@ -114,6 +116,13 @@ def table(rows: Sequence[Summary], target: float) -> tuple[list[str], list[list[
     what = {"metric": rows[0].metric, "scored_on": rows[0].scored_on} if rows else {"metric": "", "scored_on": "test"}
     headings = [heading.format(**what, target=f"{100 * target:g}%") for heading in HEADINGS]
     return headings, [cells(row) for row in rows]
+
+
+def markdown(rows: Sequence[Summary], target: float) -> str:
+    """The summary as a table for a page of documentation."""
+    headings, body = table(rows, target)
+    lines = [headings, ["---"] * len(headings), *body]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def cells(row: Summary) -> list[str]:
@@ -132,7 +141,7 @@ def cells(row: Summary) -> list[str]:
         number(row.step_seconds and 1000 * row.step_seconds, ".2f"),
         number(row.step_ratio, ".1f"),
         number(row.seconds, ".1f"),
-        number(row.gradient_evaluations, "d"),
+        number(row.gradients_per_step, ".3g"),
         goal,
         ", ".join(trouble) or "none",
     ]

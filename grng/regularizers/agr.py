@@ -103,4 +103,5 @@ def shrunk(g: Tensor, total: Tensor, strength: float, eps: float) -> Tensor:
     [1.0]
     """
     total = total + eps
-    return g - g * g.abs() * (strength / torch.where(total > 0, total, 1.0))
+    share = g.abs() / torch.where(total > 0, total, 1.0)  # exactly 1 for an only element
+    return g - g * (strength * share)

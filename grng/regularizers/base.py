@@ -189,22 +189,33 @@ class FirstPass:
         return []
 
 
-def describe(model: nn.Module | None, groups: Iterable[dict[str, Any]]) -> Parameters:
+@dataclass
+class Facts:
+    """What a model tells of its parameters: their names, and the rules of `exclude` that they fall under."""
+
+    names: dict[Tensor, str] = field(default_factory=dict)
+    kinds: dict[Tensor, set[str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module | None) -> "Facts":
+        facts = cls()
+        for module_name, module in model.named_modules() if model is not None else ():
+            for name, p in module.named_parameters(recurse=False):
+                facts.names.setdefault(p, f"{module_name}.{name}" if module_name else name)
+                facts.kinds.setdefault(p, set()).update(_kinds(module, name))
+        return facts
+
+
+def describe(facts: Facts, groups: Iterable[dict[str, Any]]) -> Parameters:
     """The parameters of param groups, with names and kinds from the model or from named groups."""
-    names: dict[Tensor, str] = {}
-    kinds: dict[Tensor, set[str]] = {}
-    for module_name, module in model.named_modules() if model is not None else ():
-        for name, p in module.named_parameters(recurse=False):
-            names.setdefault(p, f"{module_name}.{name}" if module_name else name)
-            kinds.setdefault(p, set()).update(_kinds(module, name))
     found = Parameters([], [], [], [], [])
     for index, group in enumerate(groups):
         given = group.get("param_names") or [""] * len(group["params"])
         own = group.get("regularizer", {})
         for p, name in zip(group["params"], given, strict=True):
             found.tensors.append(p)
-            found.names.append(names.get(p, name))
-            found.kinds.append(frozenset(kinds.get(p, set()) | ({"vector"} if p.ndim <= 1 else set())))
+            found.names.append(facts.names.get(p, name))
+            found.kinds.append(frozenset(facts.kinds.get(p, set()) | ({"vector"} if p.ndim <= 1 else set())))
             found.overrides.append(None if own is False else own)
             found.groups.append(index)
     return found

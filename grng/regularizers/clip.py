@@ -20,9 +20,9 @@ class ClipNorm(Transform):
 
     >>> import torch
     >>> from torch import nn
-    >>> from grng.regularizers.base import describe
+    >>> from grng.regularizers.base import Facts, describe
     >>> p = nn.Parameter(torch.zeros(2))
-    >>> clipped = ClipNorm(1.0).transform(describe(None, [{"params": [p]}]), [torch.tensor([3.0, 4.0])], 0)
+    >>> clipped = ClipNorm(1.0).transform(describe(Facts(), [{"params": [p]}]), [torch.tensor([3.0, 4.0])], 0)
     >>> [round(g, 3) for g in clipped[0].tolist()]
     [0.6, 0.8]
     """

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from grng.distributed import average_, unsynchronised
 from grng.errors import invalid
 from grng.regularizers.base import (
+    Facts,
     Gradients,
     Note,
     Parameters,
@@ -88,6 +89,7 @@ class FrontEnd:
         self.method = next((part for part in self.chain if isinstance(part, Passes)), None)
         self.transforms = [part for part in self.chain if isinstance(part, Transform)]
         self._groups, self._model, self._paused, self._note = groups, model, paused, note
+        self._facts = Facts.of(model())  # once: a walk through the modules is longer than many a step
         self.t = 0
         self.ready = False  # p.grad holds what the passes of this step amount to
         self.scale_known = False  # they were told what the loss was multiplied by
@@ -105,11 +107,14 @@ class FrontEnd:
             if part.needs_model and model is None:
                 remedy = "Regularized(base, regularizer, model=model) has it."
                 raise invalid("model", None, f"the model, for {part}", remedy)
-            if part.needs_names and not all(describe(model, self._groups()).names):
+            if part.needs_names and not all(self._parameters().names):
                 remedy = "Give model=model, or build the optimizer over model.named_parameters(), or rule='common'."
                 raise invalid("the parameters' names", "unknown", f"known for {part}", remedy)
         if self.method is not None and not self.method.sync and model is None:
             raise invalid("model", None, "the DistributedDataParallel module, for sync=False")
+
+    def _parameters(self) -> Parameters:
+        return describe(self._facts, self._groups())
 
     @property
     def requires_passes(self) -> bool:
@@ -125,14 +130,13 @@ class FrontEnd:
             scale: what the loss is multiplied by: a number, a scalar or a GradScaler.
             replace: the passes themselves zero what was there before (a closure).
         """
-        model, method, t = self._model(), self.method, self.t
-        every = describe(model, self._groups())
+        method, every = self.method, self._parameters()
         before = {p: p.grad for p in every.tensors if p.grad is not None}
         self._zeroed = self.ready = False
         if not replace:
             _clear(every.tensors)
         with _put_back(every.tensors, before):
-            if method is None or not method.acts(t):
+            if method is None or not method.acts(self.t):
                 one = Pass(every.tensors, [])
                 yield one
                 self._plain, self.report = one.gradients, {}
@@ -205,8 +209,9 @@ class FrontEnd:
         _clear(every.tensors)
         for p, g in zip(have.tensors, combined, strict=True):
             p.grad = g.to(p.dtype)
-        norm = global_norm(start)
-        self.report = told | measured(norm, start, combined, others if method.signs(self.t) else [])
+        norm = moving.norm if len(moving.values) == len(start) else global_norm(start)
+        self.report = measured(norm, start, combined, others if method.signs(self.t) else [], told.pop("share", None))
+        self.report |= told
         if combined and first:
             # A step whose first gradient is not finite is no step, also where the others are finite.
             smallest = min((p for p in have.tensors), key=lambda p: p.numel())
@@ -243,7 +248,7 @@ class FrontEnd:
         transforms = [part for part in self.transforms if part.acts(self.t)]
         if not transforms or not gradients:
             return gradients
-        every = describe(self._model(), self._groups())
+        every = self._parameters()
         gradients = dict(gradients)
         for part in transforms:
             taking = [taken and p in gradients for taken, p in zip(part.takes(every), every.tensors, strict=True)]
@@ -299,8 +304,14 @@ class FrontEnd:
         return {name: torch.as_tensor(value) for name, value in self.report.items()}
 
 
-def measured(norm: Tensor, first: list[Tensor], combined: list[Tensor], further: list[list[Tensor]]) -> dict[str, Any]:
-    """norm_1, norm_2, cosine of the first two gradients, and penalty_ratio |G - g1| / |g1|, on the device."""
+def measured(
+    norm: Tensor, first: list[Tensor], combined: list[Tensor], further: list[list[Tensor]], share: float | None
+) -> dict[str, Any]:
+    """norm_1, norm_2, cosine of the first two gradients, and penalty_ratio |G - g1| / |g1|, on the device.
+
+    Args:
+        share: G - g1 = share (g2 - g1), where it is so simple.
+    """
     tiny = torch.finfo(norm.dtype).tiny
 
     def distance(to: list[Tensor]) -> Tensor:
@@ -312,8 +323,8 @@ def measured(norm: Tensor, first: list[Tensor], combined: list[Tensor], further:
         found["norm_2"] = other
         # From the distance, which is exact where the two are close.
         found["cosine"] = (norm**2 + other**2 - between**2) / (2 * norm * other).clamp(min=tiny)
-    same = bool(further) and all(a is b for a, b in zip(combined, further[0], strict=True))
-    found["penalty_ratio"] = (between if same else distance(combined)) / norm.clamp(min=tiny)
+    added = distance(combined) if share is None or not further else share * between
+    found["penalty_ratio"] = added / norm.clamp(min=tiny)
     return found
 
 

@@ -118,6 +118,8 @@ class GNP(Passes):
         report = {"alpha": weights[0] if weights else 0.0, "r": self.r * self.radius_ramp(t)}
         if not further and self.first == "raw":
             return first.values, report
+        if self.first == "raw" and len(set(weights)) == 1:
+            report["share"] = weights[0]
         start = first.values
         if self.first == "unit":
             scale = 1.0 if first.scale is None else first.scale
