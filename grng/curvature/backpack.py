@@ -147,6 +147,13 @@ class BackpackEngine(HooksEngine):
             warnings.filterwarnings("ignore", message=FIRING)
             yield
 
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """A product with a second derivative goes through the first pass's hooks again."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=FIRING)
+            yield
+
     def listen(self, current: "Pass") -> None:
         """Called inside the user's backward pass: deliver its pairs too, until that pass ends."""
         if self._current is None:

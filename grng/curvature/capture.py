@@ -245,7 +245,8 @@ class Capture:
         """Forward and backward passes inside are not captured."""
         collecting, self.collecting = self.collecting, False
         try:
-            yield
+            with self.engine.quiet():
+                yield
         finally:
             self.collecting = collecting
 

@@ -9,7 +9,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -121,6 +121,10 @@ class HooksEngine:
 
     def listen(self, current: "Pass") -> None:
         """Tensor hooks listen anyway."""
+
+    def quiet(self) -> AbstractContextManager[None]:
+        """What surrounds passes that are not captured."""
+        return nullcontext()
 
     def release(self) -> None:
         """Nothing stays on the modules between steps."""
