@@ -102,6 +102,10 @@ class AttachedOptimizer(Optimizer):
         """A context in which forward and backward passes are not measured."""
         return self._capture.paused()
 
+    def note_gradient(self, p: nn.Parameter, gradient: Tensor) -> None:
+        """Tell of a gradient that was formed without `loss.backward()`, for the check of what is captured."""
+        self._capture.note_gradient(p, gradient)
+
     def _due(self) -> bool:
         """Whether the coming step measures."""
         t = self._steps

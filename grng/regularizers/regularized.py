@@ -96,7 +96,8 @@ class Regularized(Optimizer):
         self.skipped = 0
         self._link()
         paused = getattr(base, "paused", nullcontext)
-        self._front = FrontEnd(regularizer, lambda: base.param_groups, lambda: model, paused)
+        note = getattr(base, "note_gradient", lambda p, gradient: None)
+        self._front = FrontEnd(regularizer, lambda: base.param_groups, lambda: model, paused, note)
         if not self._front.chain:
             raise invalid("regularizer", regularizer, "a regularizer, or a list with at least one")
 
