@@ -17,8 +17,8 @@ from grng.damping import Damping, kl_scale, squared_norm
 from grng.errors import GRNGWarning, invalid, unknown
 from grng.fallback import adamw_directions
 from grng.preconditioners import Preconditioner, make_preconditioner
-from grng.regularizers import Explicit, FrontEnd, Regularizer, closure_under_scaler
-from grng.regularizers.frontend import as_chain
+from grng.regularizers import Explicit, FrontEnd, Regularizer
+from grng.regularizers.frontend import as_chain, under_scaler
 from grng.variants import find_variant
 
 MODES = ("double", "finite", "ggn")
@@ -192,7 +192,10 @@ class GRNG(AttachedOptimizer):
                 the optimizer was closed.
         """
         self._check_open()
-        scaled = hasattr(self, "found_inf")  # called by GradScaler.step
+        with under_scaler(self, closure) as scaled:
+            return self._step(closure, scaled)
+
+    def _step(self, closure: Callable[[], Any] | None, scaled: bool) -> Any:
         loss = None
         if closure is None:
             if self._penalised and not self._front.ready:
@@ -203,10 +206,8 @@ class GRNG(AttachedOptimizer):
             self._front.refuse_missing_passes()
             gradients = self._plain_gradients()
             if scaled:
-                self._front.unscale_(self, list(gradients.values()))
+                self._note_scale(self._front.unscale_(self, list(gradients.values())))
         else:
-            if scaled:
-                raise closure_under_scaler()
             try:
                 loss, gradients = self._evaluate(closure)
             except BaseException:
@@ -217,6 +218,20 @@ class GRNG(AttachedOptimizer):
             self._update(self._front.transform(gradients))
         self._front.finish()
         return loss
+
+    def _note_scale(self, scale: Tensor | None) -> None:
+        """N was read off the scaled loss, the gradients are unscaled by now."""
+        batch = self._capture.batch
+        if batch is None:
+            return
+        if scale is not None:
+            batch.normaliser = batch.normaliser * scale.to(batch.normaliser)
+        elif self._preconditioner.weighs_sums:
+            raise RuntimeError(
+                f"preconditioner {self._preconditioner.name!r} weighs the summed gradient, and scaler.unscale_() hides "
+                "what the loss was multiplied by: take the pass by `for each in optimizer.passes(scaler):` and in it "
+                "`with each: scaler.scale(loss).backward()`, or leave out unscale_()"
+            )
 
     def _evaluate(self, closure: Callable[[], Any]) -> tuple[Any, Gradients]:
         """Run the closure, as often as the regularizers ask for."""

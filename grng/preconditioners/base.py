@@ -155,6 +155,7 @@ class Preconditioner(ABC):
     """
 
     name = "custom"
+    weighs_sums = False  # whether the gradient of the summed loss enters, as N times that of the loss
     every_step = False  # whether statistics are needed at every step, whatever `stats_every` says
 
     def setup(self, groups: Sequence[Group], config: Curvature) -> None:

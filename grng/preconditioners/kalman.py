@@ -42,6 +42,7 @@ class Kalman(Preconditioner):
     """
 
     every_step = True
+    weighs_sums = True
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from grng.regularizers.explicit import Explicit
 from grng.regularizers.frontend import FrontEnd
 from grng.regularizers.gnp import GNP, SAM, gnp_repository
 from grng.regularizers.registry import REGULARIZERS, make_regularizers
-from grng.regularizers.regularized import Regularized, closure_under_scaler
+from grng.regularizers.regularized import Regularized
 from grng.regularizers.schedule import WARMUPS, Schedule
 
 __all__ = [
@@ -31,7 +31,6 @@ __all__ = [
     "Schedule",
     "Transform",
     "agr",
-    "closure_under_scaler",
     "gnp_repository",
     "make_regularizers",
 ]

@@ -6,7 +6,7 @@ step():                          transforms, in their order -> the optimizer
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -92,7 +92,7 @@ class FrontEnd:
         self._facts = Facts.of(model())  # once: a walk through the modules is longer than many a step
         self.t = 0
         self.ready = False  # p.grad holds what the passes of this step amount to
-        self.scale_known = False  # they were told what the loss was multiplied by
+        self.scale: Tensor | None = None  # what they were told that the loss was multiplied by
         self.hessian_products = 0
         self.report: dict[str, Any] = {}
         self._zeroed = False
@@ -130,7 +130,7 @@ class FrontEnd:
             scale: what the loss is multiplied by: a number, a scalar or a GradScaler.
             replace: the passes themselves zero what was there before (a closure).
         """
-        method, every = self.method, self._parameters()
+        method, every, scale = self.method, self._parameters(), as_scale(scale)
         before = {p: p.grad for p in every.tensors if p.grad is not None}
         self._zeroed = self.ready = False
         if not replace:
@@ -141,12 +141,12 @@ class FrontEnd:
                 yield one
                 self._plain, self.report = one.gradients, {}
             else:
-                yield from self._regularized(every, method, as_scale(scale), before if replace else None)
+                yield from self._regularized(every, method, scale, before if replace else None)
             if not replace and not self._zeroed:
                 with torch.no_grad():
                     for p, g in before.items():
                         p.grad = g if p.grad is None else p.grad + g
-        self.ready, self.scale_known = True, scale is not None
+        self.ready, self.scale = True, scale
 
     def _regularized(
         self, every: Parameters, method: Passes, scale: Tensor | None, before: ByParameter | None
@@ -264,7 +264,7 @@ class FrontEnd:
     def finish(self) -> None:
         """A step was made, or skipped."""
         self.t += 1
-        self.ready = self.scale_known = False
+        self.ready, self.scale = False, None
         self._plain = {}
 
     def refuse_missing_passes(self) -> None:
@@ -276,10 +276,14 @@ class FrontEnd:
                 "`for each in optimizer.passes():` and in it `with each:` the forward pass and backward()"
             )
 
-    def unscale_(self, optimizer: Any, gradients: list[Tensor]) -> None:
-        """Divide by the scale that GradScaler.step() left on the optimizer, unless its unscale_() was called before."""
+    def unscale_(self, optimizer: Any, gradients: list[Tensor]) -> Tensor | None:
+        """Divide by the scale that GradScaler.step() left on the optimizer, unless its unscale_() was called before.
+
+        Returns:
+            what the loss was multiplied by, where it is known.
+        """
         method = self.method
-        if method is not None and method.needs_scale and not self.scale_known:
+        if method is not None and method.needs_scale and self.scale is None:
             raise RuntimeError(
                 f"{type(method).__name__} with these settings depends on what the loss is multiplied by: call "
                 "optimizer.passes(scaler), with the GradScaler"
@@ -287,6 +291,7 @@ class FrontEnd:
         scale = getattr(optimizer, "grad_scale", None)
         if scale is not None and gradients:
             torch._foreach_mul_(gradients, scale.double().reciprocal().float())
+        return self.scale if scale is None else scale
 
     # State.
 
@@ -302,6 +307,28 @@ class FrontEnd:
     def diagnostics(self) -> dict[str, Tensor]:
         """Scalars of the last step that had further passes."""
         return {name: torch.as_tensor(value) for name, value in self.report.items()}
+
+
+@contextmanager
+def under_scaler(optimizer: Any, closure: Closure | None) -> Iterator[bool]:
+    """Whether GradScaler.step() is calling, which leaves what it found on the optimizer until its step has returned.
+
+    Raises:
+        RuntimeError: it hands on a closure: it has looked at gradients that the closure replaces.
+    """
+    scaled = hasattr(optimizer, "found_inf")
+    try:
+        if scaled and closure is not None:
+            raise RuntimeError(
+                "a closure was handed through GradScaler.step(), which has looked at other gradients than the closure "
+                "leaves and cannot unscale these: take the passes before it, `for each in optimizer.passes(scaler):` "
+                "and in it `with each: scaler.scale(loss).backward()`, and call scaler.step(optimizer)"
+            )
+        yield scaled
+    except BaseException:
+        for name in ("found_inf", "grad_scale"):  # the scaler does not take them away from a step that raised
+            optimizer.__dict__.pop(name, None)
+        raise
 
 
 def measured(

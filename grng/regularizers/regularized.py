@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from grng.errors import invalid
 from grng.regularizers.base import Regularizer, global_norm
-from grng.regularizers.frontend import STEPS, FrontEnd
+from grng.regularizers.frontend import STEPS, FrontEnd, under_scaler
 
 SHARED_HOOKS = (
     "_optimizer_step_pre_hooks",
@@ -189,11 +189,12 @@ class Regularized(Optimizer):
             RuntimeError: further passes are due, but there is no closure and passes() was not gone through; or a
                 closure under a GradScaler, which would unscale the wrong gradients.
         """
+        with under_scaler(self, closure) as scaled:
+            return self._step(closure, scaled)
+
+    def _step(self, closure: Callable[[], Any] | None, scaled: bool) -> Any:
         front, loss = self._front, None
-        scaled = hasattr(self, "found_inf")
         if closure is not None:
-            if scaled:
-                raise closure_under_scaler()
             loss, gradients = front.evaluate(closure)
         else:
             front.refuse_missing_passes()
@@ -297,12 +298,3 @@ class Regularized(Optimizer):
 def _demands_closure(base: Optimizer) -> bool:
     closure = inspect.signature(type(base).step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
-
-
-def closure_under_scaler() -> RuntimeError:
-    """The error for `scaler.step(optimizer, closure)`: the scaler looked at gradients that the closure replaces."""
-    return RuntimeError(
-        "a closure was handed through GradScaler.step(), which has looked at other gradients than the closure leaves "
-        "and cannot unscale these: take the passes before it, `for each in optimizer.passes(scaler):` and in it "
-        "`with each: scaler.scale(loss).backward()`, and call scaler.step(optimizer)"
-    )
