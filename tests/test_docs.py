@@ -37,3 +37,12 @@ def test_links_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text())
     missing = [target for target in targets if not (page.parent / target).exists()]
     assert not missing
+
+
+RESULTS = ROOT / "docs" / "results"
+
+
+@pytest.mark.parametrize("name", ["regularizers-digits", "regularizers-fashion", "regularizers-cost"])
+def test_tables_are_those_of_the_committed_runs(name: str) -> None:
+    table = (RESULTS / name / "table.md").read_text().strip()
+    assert table in (ROOT / "docs" / "regularizers.md").read_text()

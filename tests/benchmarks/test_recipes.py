@@ -1,0 +1,52 @@
+"""Every committed recipe is one that `grng compare` reads, and every optimizer in it can be built and makes steps."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from grng.baselines import make_optimizer
+from grng.benchmarks import CompareConfig
+from grng.benchmarks.config import read_recipe
+from grng.benchmarks.models import build_model
+from grng.benchmarks.names import optimizer_of
+from grng.benchmarks.runner import Stepper, closing, completed
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+RUNS = [
+    pytest.param(recipe, name, id=f"{recipe.stem}:{name}")
+    for recipe in RECIPES
+    if not recipe.stem.endswith("-tune")
+    for name in CompareConfig(**read_recipe(recipe)).names
+]
+
+
+def test_there_are_recipes():
+    assert {"gnp-cifar10", "gnp-imagenet", "gnp-vit-cifar10", "agr-cifar100", "agr-adan"} <= {r.stem for r in RECIPES}
+
+
+@pytest.mark.parametrize(("recipe", "name"), RUNS)
+def test_every_run_of_a_recipe_trains(recipe, name):
+    config = CompareConfig(**read_recipe(recipe))
+    model = build_model(config.model, (1, 8, 8), 10)
+    x, y = torch.randn(32, 1, 8, 8), torch.randint(10, (32,))
+    before = [p.detach().clone() for p in model.parameters()]
+    with closing(make_optimizer(optimizer_of(name), model, **completed(config.given(name), 10))) as optimizer:
+        step = Stepper(model, optimizer, torch.nn.functional.cross_entropy)
+        losses = [step(x, y) for _ in range(3)]
+    assert all(loss.isfinite() for loss in losses)
+    assert not all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r.stem.endswith("-tune")], ids=lambda r: r.stem)
+def test_tuning_is_equal(recipe):
+    """Every method gets the same number of trials, on held-out data, and the comparison runs just these methods."""
+    config = CompareConfig(**read_recipe(recipe))
+    assert config.validation
+    assert len({len(points) for points in config.points.values()}) == 1
+    scored = CompareConfig(**read_recipe(recipe.with_stem(recipe.stem.removesuffix("-tune"))))
+    assert set(scored.names) == set(config.grid)
+    shared = ("data", "model", "epochs", "batch_size", "lr_schedule")
+    assert scored.seeds >= 5
+    assert [getattr(scored, key) for key in shared] == [getattr(config, key) for key in shared]
+    for name, points in config.points.items():
+        assert scored.given(name) in [config.given(point) for point in points]
