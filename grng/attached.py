@@ -54,7 +54,9 @@ class AttachedOptimizer(Optimizer):
         if len(devices) > 1:
             raise invalid("model", sorted(map(str, devices)), "on one device", "Move it with model.to(device).")
         self._device = devices.pop()
-        self._layers, self._uncovered = find_layers(model, trainable)
+        self._layers, self._uncovered = find_layers(
+            model, trainable, preconditioner.takes_others and curvature.fisher != "empirical"
+        )
         self._groups = make_groups(self._layers, curvature)
         preconditioner.setup(self._groups, curvature)
         # A weak sink: the finalizer keeps the capture, which must not keep this optimizer.

@@ -16,7 +16,8 @@ from grng.curvature import Curvature, Layer
 from grng.damping import Damping, kl_scale, squared_norm
 from grng.errors import GRNGWarning, invalid, unknown
 from grng.fallback import adamw_directions
-from grng.preconditioners import Preconditioner, make_preconditioner
+from grng.posterior import Posterior
+from grng.preconditioners import Kalman, Preconditioner, make_preconditioner
 from grng.regularizers import Explicit, FrontEnd, Regularizer
 from grng.regularizers.frontend import as_chain, under_scaler
 from grng.variants import find_variant
@@ -132,7 +133,9 @@ class GRNG(AttachedOptimizer):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "fallback_lr": fallback_lr}
         chain = as_chain(regularizer)
         twice = self._penalised or any(part.takes_passes for part in chain)
-        self._attach(model, params, defaults, curvature, make_preconditioner(which, **settings), twice)
+        method = make_preconditioner(which, **settings)
+        curvature = replace(curvature, noise=resolved_noise(curvature.noise, method, twice))
+        self._attach(model, params, defaults, curvature, method, twice)
         self._damping = Damping(parts, rho, curvature.damping, self._device)
         try:
             self._front = self._make_front(chain)
@@ -167,6 +170,14 @@ class GRNG(AttachedOptimizer):
     def hessian_products(self) -> int:
         """How many products with a second derivative were formed so far."""
         return self._front.hessian_products
+
+    @property
+    def posterior(self) -> Posterior:
+        """What is known of the parameters, and how well: variant "kalman"."""
+        if not isinstance(self._preconditioner, Kalman):
+            raise TypeError(f"{self._method} keeps no posterior: variant 'kalman' does")
+        self._check_open()
+        return Posterior(self)
 
     def passes(self, scale: Any = None) -> Iterator[AbstractContextManager[None]]:
         """The forward and backward passes of the coming step, each in a `with`: see `grng.regularizers.Regularized`."""
@@ -288,6 +299,7 @@ class GRNG(AttachedOptimizer):
             return
         batch.valid = ok
         self._preconditioner.refresh(batch, self._decompose() or not self._current <= self._observed)
+        self._capture.fisher.noise.fold(ok)
         self._observed |= self._current
         self._scalars["refreshes"] = self._scalars["refreshes"] + 1
         self._scalars["misfit"] = batch.misfit
@@ -395,6 +407,18 @@ class GRNG(AttachedOptimizer):
         torch._foreach_mul_(buffers, (1 - (1 - mu) * gate).to(buffers[0].dtype))
         torch._foreach_add_(buffers, directions)
         return buffers
+
+
+def resolved_noise(noise: float | str, method: Preconditioner, twice: bool) -> Any:
+    """What "auto" means for a method; the noise matters only where the summed loss is weighed."""
+    if noise == "auto":
+        return "scalar" if method.weighs_sums else noise
+    if not method.weighs_sums:
+        raise invalid("noise", noise, f'"auto" with preconditioner {method.name!r}', "Only kalman weighs the loss.")
+    if noise in ("diagonal", "full") and twice:
+        remedy = "Further passes would not be weighted by it."
+        raise invalid("noise", noise, 'a number, "auto" or "scalar" where step() takes further passes', remedy)
+    return noise
 
 
 def _add_(params: list[nn.Parameter], steps: list[Tensor], rate: Tensor) -> None:

@@ -6,8 +6,9 @@ directions are `(k, n_out, n_in)`.
 """
 
 from grng.kernels.average import ema_
+from grng.kernels.columns import Columns, DenseColumns, IndexColumns, by_group
 from grng.kernels.einsum import contract
-from grng.kernels.gram import gram, group_gradients, squared_gradients
+from grng.kernels.gram import gram, squared_gradients
 from grng.kernels.precondition import (
     factored_precondition,
     kron_product,
@@ -18,26 +19,31 @@ from grng.kernels.precondition import (
     rotated_diagonal,
 )
 from grng.kernels.solve import damped_inverse, eigh, newton_inverse
-from grng.kernels.woodbury import propagate_fd, propagate_vd, woodbury_direction, woodbury_matrix
+from grng.kernels.woodbury import absorb, gain, identity_plus, propagate_fd, propagate_kron, propagate_vd
 
 __all__ = [
+    "Columns",
+    "DenseColumns",
+    "IndexColumns",
+    "absorb",
+    "by_group",
     "contract",
     "damped_inverse",
     "eigh",
     "ema_",
     "factored_precondition",
+    "gain",
     "gram",
-    "group_gradients",
+    "identity_plus",
     "kron_product",
     "kron_spectrum",
     "newton_inverse",
     "pi_split",
     "propagate_fd",
+    "propagate_kron",
     "propagate_vd",
     "rotate",
     "rotate_back",
     "rotated_diagonal",
     "squared_gradients",
-    "woodbury_direction",
-    "woodbury_matrix",
 ]

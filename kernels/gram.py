@@ -2,7 +2,6 @@
 
 from grng.kernels.einsum import contract
 from torch import Tensor
-from torch.nn.functional import pad
 
 # Per-sample gradients are formed at most this many elements at a time.
 CHUNK_ELEMENTS = 2**24
@@ -46,35 +45,3 @@ def squared_gradients(x: Tensor, e: Tensor) -> Tensor:
         part = e[:, start : start + step].mT @ x[:, start : start + step]
         total += part.square_().sum(1)
     return total
-
-
-def group_gradients(x: Tensor, e: Tensor, groups: int, offset: int = 0) -> Tensor:
-    """Sums of per-sample gradients over `groups` parts of the batch; sample b belongs to part (offset + b) mod groups.
-
-        V_g = sum_{b in g} sum_t e_bt x_bt^T
-
-    With labels drawn from the model the parts are independent and of mean zero, so that sum_g V_g V_g^T is an
-    unbiased estimate of the summed Fisher, at the price of one weight gradient. `offset` continues the partition
-    over micro-batches.
-
-    Args:
-        x: (k, B, T, n_in).
-        e: (k, B, T, n_out).
-        groups: number of parts m.
-        offset: samples seen before.
-
-    Returns:
-        (m, k, n_out, n_in).
-
-    >>> import torch
-    >>> x, e = torch.ones(1, 3, 1, 1), torch.tensor([[[[1.0]], [[2.0]], [[4.0]]]])
-    >>> group_gradients(x, e, 2).flatten().tolist()
-    [5.0, 2.0]
-    """
-    k, samples, positions, n_in = x.shape
-    n_out = e.shape[-1]
-    before = offset % groups
-    after = -(before + samples) % groups
-    x = pad(x, (0, 0, 0, 0, before, after)).view(k, -1, groups, positions, n_in)
-    e = pad(e, (0, 0, 0, 0, before, after)).view(k, -1, groups, positions, n_out)
-    return contract("kbmto,kbmti->mkoi", e, x)

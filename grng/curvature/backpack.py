@@ -6,7 +6,7 @@ extension is switched on from the output's hook until the backward pass ends.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from grng.curvature.engines import FIRING, HooksEngine, Pair
+from grng.curvature.engines import FIRING, HooksEngine, Pair, alone
 from grng.curvature.layers import Layer
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def obstacle(model: nn.Module, layers: list[Layer]) -> str | None:
             return f"{name} is used more than once"
         seen.add(id(module))
     for layer in layers:
-        if not layer.module.weight.requires_grad:
+        if not layer.plain and not layer.module.weight.requires_grad:
             return f"{layer.name} has a frozen weight"
     return None
 
@@ -78,7 +78,7 @@ class BackpackEngine(HooksEngine):
         self.capture = capture
         self.handles: list[Any] = []
         self._parameters = list(model.parameters())
-        self._by_module = {layer.module: layer for layer in capture.layers}
+        self._by_module = {layer.module: layer for layer in capture.layers if not layer.plain}
         self._extended: list[nn.Module] = []
         self._found: list[Pair] | None = None
         self._switch = ExitStack()
@@ -89,7 +89,7 @@ class BackpackEngine(HooksEngine):
             def __call__(self, extension: Any, module: nn.Module, g_inp: Any, g_out: Any) -> None:
                 engine._receive(module, g_out[0])
 
-        kinds = {type(layer.module) for layer in capture.layers}
+        kinds = {type(module) for module in self._by_module}
         self._extension = FirstOrderBackpropExtension("grng", {kind: Deliver() for kind in kinds}, fail_mode="SILENT")
 
     def begin(self) -> None:
@@ -129,15 +129,19 @@ class BackpackEngine(HooksEngine):
         elif self.capture.wants_true_gradient(layer):
             self.capture.receive_true_gradient(layer, x, e, current.context)
 
-    def pairs(self, current: "Pass", place: GradientEdge, gradient: Tensor) -> Iterator[Pair]:
+    def pairs(
+        self, current: "Pass", place: GradientEdge, gradient: Tensor, plain: Sequence[Layer] = ()
+    ) -> Iterator[Pair]:
         # BackPACK's module hooks run only where the pass goes through the module, down to its input: ask for the
         # gradients of all parameters, also of those below that somebody else trains.
         weights = [p for p in self._parameters if p.requires_grad]
         before, self._current, self._found = self._current, current, []
         try:
             with self._active(self._extension, retain_graph=True):
-                torch.autograd.grad([place], weights, [gradient], retain_graph=True, allow_unused=True)
+                found = torch.autograd.grad([place], weights, [gradient], retain_graph=True, allow_unused=True)
             yield from self._found
+            gradients = dict(zip(weights, found, strict=True))
+            yield from alone(plain, [gradients[layer.owner] for layer in plain])
         finally:
             self._current, self._found = before, None
 

@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from grng.curvature.config import Curvature
 from grng.curvature.engines import Hook, HooksEngine, Pair, Use, make_engine
 from grng.curvature.fisher import FisherReader
 from grng.curvature.layers import Layer
 from grng.curvature.likelihood import Reading, tolerance
-from grng.curvature.statistics import Statistics
+from grng.curvature.statistics import Statistics, SummedStatistics
 from grng.errors import GRNGWarning
 
 
@@ -103,6 +103,8 @@ class Capture:
         self.batch: Batch | None = None
         self.fisher = FisherReader(config)
         self._busy = False
+        self._probed: tuple[Pass, Tensor] | None = None  # the last forward pass, where only that is wanted
+        self._probing = False
         self._unreadable = False  # the step's output gradient is zero or not finite: there is nothing to check against
         self._checks: dict[Layer, Tensor] = {}
         self._delivered: set[Layer] = set()
@@ -132,6 +134,8 @@ class Capture:
             return
         self.current, self.entered = Pass(), True
         self.engine.begin()
+        if self._probing:
+            return
         for layer in self.layers:
             if layer.status == "pending":
                 self._note_before(layer)
@@ -160,8 +164,39 @@ class Capture:
             return
         if f.ndim > 0:
             current.context.batch = f.shape[0]
+        if self._probing:
+            self._probed = current, f
+            return
         values, number, version = f.detach(), f.output_nr, f._version
-        f.register_hook(lambda g: self._output_gradient(current, values, number, version, g))
+        f.register_hook(lambda g: self._at_output(current, values, number, version, g))
+
+    def _at_output(self, current: Pass, f: Tensor, number: int, version: int, gradient: Tensor) -> Tensor | None:
+        """Measure, and hand on the gradient that the likelihood's noise makes of it."""
+        self._output_gradient(current, f, number, version, gradient)
+        return None if self._busy or not self.collecting else self.fisher.weighted(f, gradient)
+
+    def probe(
+        self, model: nn.Module, x: Any
+    ) -> tuple[Tensor, Callable[[Tensor], Iterator[tuple[Layer, Statistics]]]]:
+        """The output of a forward pass that is no training step's, and what gives the statistics of every use of a
+        layer for a gradient at that output."""
+        collecting, self.collecting, self._probing = self.collecting, True, True
+        try:
+            with torch.enable_grad():
+                model(x)
+        finally:
+            self.collecting, self._probing = collecting, False
+        if self._probed is None:
+            raise TypeError("the model returned no tensor with a graph: is it the model that is trained?")
+        (current, f), self._probed = self._probed, None
+        place = get_gradient_edge(f)
+
+        def gradients(cotangent: Tensor) -> Iterator[tuple[Layer, Statistics]]:
+            with torch.no_grad(), self._nested():
+                for layer, x, e in self.engine.pairs(current, place, cotangent):
+                    yield layer, self._statistics(layer, x, e, current.context)
+
+        return f.detach(), gradients
 
     # The backward pass.
 
@@ -185,14 +220,25 @@ class Capture:
             current.context.normaliser = reading.normaliser
             current.context.offset = self.batch.samples if self.batch else 0
             self._count(reading, f)
-            for cotangent in self.fisher.cotangents(f, gradient):
-                for layer, x, e in self.engine.pairs(current, place, cotangent):
-                    self._deliver(layer, x, e, current.context)
+            self._fisher_passes(current, place, f, gradient)
             for layer, x, e in current.context.waiting:
                 self._deliver_true(layer, x, e, current.context)
             current.context.waiting.clear()
         keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()
         torch.autograd.Variable._execution_engine.queue_callback(lambda: current.close(keep_graph))
+
+    def _fisher_passes(self, current: Pass, place: GradientEdge, f: Tensor, gradient: Tensor) -> None:
+        """The nested passes with gradients that make the Fisher."""
+        plain = [layer for layer in self.layers if layer.plain and layer.active]
+        exact = self.config.fisher == "exact"
+        for draw, cotangent in enumerate(self.fisher.cotangents(f, gradient)):
+            for layer, x, e in self.engine.pairs(current, place, cotangent, () if exact else plain):
+                self._deliver(layer, x, e, current.context, draw)
+        if plain and exact and not self.fisher.empirical:
+            # Columns of a root are not independent from sample to sample: their sum says nothing, that of draws does.
+            for layer, x, e in self.engine.pairs(current, place, self.fisher.sample(f, gradient), plain):
+                if layer.plain:
+                    self._deliver(layer, x, e, current.context)
 
     def wants_true_gradient(self, layer: Layer) -> bool:
         return self.fisher.empirical or not self.fisher.decided or layer.status == "pending"
@@ -222,13 +268,17 @@ class Capture:
             self._deliver(layer, x, e * context.normaliser.to(e.dtype), context)
 
     def _statistics(self, layer: Layer, x: Tensor, e: Tensor, context: Context) -> Statistics:
+        if layer.plain:
+            gradient = e.reshape(1, 1, -1).to(self.config.factor_dtype(layer.owner))
+            return SummedStatistics(gradient, context.batch or 1)  # type: ignore[return-value]
         return layer.statistics(x, e, context.batch, self.config.factor_dtype(layer.owner))
 
-    def _deliver(self, layer: Layer, x: Tensor, e: Tensor, context: Context) -> None:
+    def _deliver(self, layer: Layer, x: Tensor, e: Tensor, context: Context, draw: int = 0) -> None:
         statistics = self._statistics(layer, x, e, context)
-        if self.config.sharing == "reduce":
+        if self.config.sharing == "reduce" and not layer.plain:
             statistics = statistics.reduced()
-        statistics.offset = context.offset
+        statistics.offset, statistics.draw, statistics.drawn = context.offset, draw, not self.fisher.empirical
+        statistics.aligned = context.batch is None or statistics.samples == context.batch
         self._delivered.add(layer)
         self.sink(layer, statistics)
 
@@ -292,6 +342,18 @@ class Capture:
             arrived = [p for p in layer.parameters if p in self._after]
             if not arrived:
                 continue
+            if layer.plain:
+                if layer in self._delivered:
+                    layer.status = "verified"  # autograd's own gradient
+                elif self.batch is not None:
+                    layer.status = "failed"
+                    layer.reason = (
+                        "no label can be drawn for its curvature"
+                        if self.fisher.empirical
+                        else "the loss reaches it, but not through the model's output that is read"
+                    )
+                    failed.append(layer)
+                continue
             if layer not in self._checks:
                 layer.status, layer.reason = (
                     "failed",
@@ -336,6 +398,7 @@ class Capture:
 
     def forget(self) -> None:
         """Drop what backward passes have delivered for this step, not the forward passes that wait for theirs."""
+        self.fisher.noise.forget()
         self.batch = None
         self._unreadable = False
         self._delivered.clear()

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from grng.curvature.noise import check_noise
 from grng.errors import invalid, unknown
 
 FISHERS = ("mc", "empirical", "exact")
@@ -22,11 +23,15 @@ class Curvature:
         fisher: whose labels enter the Fisher. `"mc"`: labels drawn from the model (one extra pass over the layers, no
             extra forward). `"empirical"`: the true labels (no extra pass; not the Fisher, but what many call so).
             `"exact"`: the expectation over labels, one pass per output and position.
+        draws: with "mc", how many labels are drawn for every prediction, each at the price of one pass.
         likelihood: `"auto"` reads it off the gradient that arrives at the model's output. `"categorical"`
             (cross-entropy on logits or on log-probabilities), `"bernoulli"` (binary cross-entropy with logits, one
             prediction an element), `"gaussian"` (squared error, one prediction an element).
         loss_scale: the loss is `loss_scale` times torch's `reduction="mean"`; `"sum"` for a summed loss. None: read
             off the gradient where the likelihood allows (categorical, Bernoulli), 1 for the Gaussian.
+        noise: R of the Gaussian likelihood, for methods that weigh the summed loss (kalman): a variance, or how it is
+            estimated from the innovations: `"scalar"`, `"diagonal"`, `"full"` over the outputs. "auto": scalar for
+            these methods; for the others the scale of the loss does not matter.
         capture: the engine that delivers inputs and output gradients of the layers: `"hooks"` (plain tensor hooks),
             `"backpack"`, or `"auto"` (BackPACK where the module tree shows that it is safe, hooks elsewhere).
         ema: b, the decay of the running averages; 1 is the plain mean.
@@ -43,8 +48,10 @@ class Curvature:
     """
 
     fisher: Literal["mc", "empirical", "exact"] = "mc"
+    draws: int = 1
     likelihood: Literal["auto", "categorical", "bernoulli", "gaussian"] = "auto"
     loss_scale: float | Literal["sum"] | None = None
+    noise: float | Literal["auto", "scalar", "diagonal", "full"] = "auto"
     capture: Literal["auto", "backpack", "hooks"] = "auto"
     ema: float = 0.95
     stats_every: int = 10
@@ -65,6 +72,8 @@ class Curvature:
         ):
             if getattr(self, name) not in choices:
                 raise unknown(name, getattr(self, name), choices)
+        if type(self.draws) is not int or self.draws < 1:
+            raise invalid("draws", self.draws, "a whole number, at least 1")
         if not 0 <= self.ema <= 1:
             raise invalid("ema", self.ema, "in [0, 1]")
         for name in ("stats_every", "inverse_every"):
@@ -80,6 +89,7 @@ class Curvature:
                 continue
             if isinstance(value, str) or not math.isfinite(value) or value <= 0:
                 raise invalid(name, value, "a finite number > 0, or None" + (f', or "{word}"' if word else ""))
+        check_noise(self.noise)
         if self.dtype not in (None, torch.float32, torch.float64):
             raise invalid("dtype", self.dtype, "torch.float32, torch.float64 or None", "Half precision loses factors.")
 

@@ -8,7 +8,7 @@ capture asks for it, they also deliver the pairs of the user's own backward pass
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -76,6 +76,7 @@ class HooksEngine:
         self.handles = [
             layer.module.register_forward_hook(Hook(self, "_note", layer), prepend=True, with_kwargs=True)
             for layer in capture.layers
+            if not layer.plain
         ]
 
     def _note(self, layer: Layer, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -109,15 +110,20 @@ class HooksEngine:
             if use.edge.node._sequence_nr() <= made
         ]
 
-    def pairs(self, current: "Pass", place: GradientEdge, gradient: Tensor) -> Iterator[Pair]:
+    def pairs(
+        self, current: "Pass", place: GradientEdge, gradient: Tensor, plain: Sequence[Layer] = ()
+    ) -> Iterator[Pair]:
+        """Of a nested pass from the output; of `plain` layers the parameter's own gradient, in both places."""
         edges = [place if use.edge.node is None else use.edge for use in current.uses]
-        if not edges:
+        inputs = [*edges, *(layer.owner for layer in plain)]
+        if not inputs:
             return
         with _apart():
-            found = torch.autograd.grad([place], edges, [gradient], retain_graph=True, allow_unused=True)
-        for use, e in zip(current.uses, found, strict=True):
+            found = torch.autograd.grad([place], inputs, [gradient], retain_graph=True, allow_unused=True)
+        for use, e in zip(current.uses, found, strict=False):
             if e is not None and use.layer.active:
                 yield use.layer, use.x, e
+        yield from alone(plain, found[len(edges) :])
 
     def listen(self, current: "Pass") -> None:
         """Tensor hooks listen anyway."""
@@ -133,6 +139,13 @@ class HooksEngine:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+
+
+def alone(plain: Sequence[Layer], gradients: Sequence[Tensor | None]) -> Iterator[Pair]:
+    """Pairs of plain layers."""
+    for layer, gradient in zip(plain, gradients, strict=True):
+        if gradient is not None:
+            yield layer, gradient, gradient
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from grng.curvature.config import Curvature
 from grng.curvature.likelihood import CODES, Gaussian, Likelihood, Reading, Unread, declared, detect, tolerance
+from grng.curvature.noise import Noise
 from grng.errors import GRNGWarning, invalid
 
 MODIFIED = "the model's output was modified in place before the loss"
@@ -29,6 +30,7 @@ class FisherReader:
         self.reason = "not seen yet"
         self.decided = False
         self.empirical = config.fisher == "empirical"
+        self.noise = Noise(config.noise, config.ema)
         self._loss_scale: Tensor | None = None  # predictions / N, of the last gradient that fitted the likelihood
         self._generators: dict[torch.device, torch.Generator] = {}
 
@@ -112,7 +114,18 @@ class FisherReader:
             trusted = (reading.misfit < tolerance(f, gradient)) & intact
             self._loss_scale = torch.where(trusted, reading.predictions / reading.normaliser, known)
             reading.normaliser = reading.predictions / self._loss_scale
+        if isinstance(likelihood, Gaussian):
+            e = likelihood.residuals(gradient, reading.normaliser)
+            self.noise.observe(e, (e != 0).any(-1, keepdim=True))
+            reading.normaliser = reading.normaliser * self.noise.information()
         return reading
+
+    def weighted(self, f: Tensor, gradient: Tensor) -> Tensor | None:
+        """The gradient at the output of the loss under R, where that is another one."""
+        likelihood = self.likelihood
+        if not self.noise.weights or self.noise.value is None or not isinstance(likelihood, Gaussian):
+            return None
+        return likelihood.back(self.noise.weighted(likelihood.rows(gradient)), f)
 
     def cotangents(self, f: Tensor, gradient: Tensor) -> Iterator[Tensor]:
         """Gradients at the output that the nested backward passes start from; none under the empirical Fisher."""
@@ -120,9 +133,21 @@ class FisherReader:
         if self.empirical:
             return
         if self.config.fisher == "exact":
-            yield from self.likelihood.columns(f, gradient)
-        else:
-            yield self.likelihood.sample(f, gradient, self.generator(f.device))
+            yield from (self._scored(e) for e in self.likelihood.columns(f, gradient))
+            return
+        for _ in range(self.config.draws):
+            yield self.sample(f, gradient) / self.config.draws**0.5
+
+    def sample(self, f: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient at the output, of the summed loss, with labels drawn from the model."""
+        assert self.likelihood is not None
+        return self._scored(self.likelihood.sample(f, gradient, self.generator(f.device)))
+
+    def _scored(self, e: Tensor) -> Tensor:
+        likelihood = self.likelihood
+        if not isinstance(likelihood, Gaussian):
+            return e
+        return likelihood.back(self.noise.scores(likelihood.rows(e)), e)
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The source of drawn labels on a device; apart from the user's own random numbers."""
@@ -135,7 +160,7 @@ class FisherReader:
         code = next((i for i, (kind, dim) in enumerate(CODES) if self._is(kind, dim)), -1)
         flags = torch.tensor([code, int(self.decided), int(self.empirical)])
         scale = torch.ones((), device=device) if self._loss_scale is None else self._loss_scale
-        return {"fisher_rng": self.generator(device).get_state(), "likelihood": flags, "loss_scale": scale}
+        return {"fisher_rng": self.generator(device).get_state(), "likelihood": flags, "loss_scale": scale, **self.noise.state()}
 
     def load_state(self, state: dict[str, Tensor], device: torch.device) -> None:
         self.generator(device).set_state(state["fisher_rng"].cpu())
@@ -143,6 +168,7 @@ class FisherReader:
         self.likelihood = None if code < 0 else CODES[code][0](CODES[code][1])
         self.decided, self.empirical = bool(decided), bool(empirical)
         self._loss_scale = state["loss_scale"].clone()
+        self.noise.load_state(state)
         self.reason = "as in the checkpoint"
 
     def _is(self, kind: type[Likelihood], dim: int) -> bool:

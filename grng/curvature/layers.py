@@ -19,7 +19,8 @@ class Layer:
     """One module with curvature: its parameters, its matrix shape, and where its stacks lie.
 
     `group` and `slots` say which stack of same-shape matrices holds it and at which indices. `status` is "pending"
-    until the captured pair has reproduced the gradient, then "verified" or "failed".
+    until the captured pair has reproduced the gradient, then "verified" or "failed". A `plain` one is a parameter alone,
+    seen as one row; of it only the gradient summed over the batch is known.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Layer:
     n_out: int
     n_in: int
     indexed: bool = False
+    plain: bool = False
     group: int = -1
     slots: slice = field(default_factory=lambda: slice(0, 0))
     status: str = "pending"
@@ -97,6 +99,11 @@ class Layer:
         if self.bias is not None:
             parts.append(gradients.new_ones(*gradients.shape[:3], 1))
         return DenseStatistics(torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0], gradients)
+
+
+def plain_layer(name: str, module: nn.Module, parameter: nn.Parameter) -> Layer:
+    """A parameter without factors, as a matrix of one row."""
+    return Layer(name, module, parameter, None, 1, 1, parameter.numel(), plain=True)
 
 
 def _samples(leading: int, rows: int, batch: int | None) -> int:

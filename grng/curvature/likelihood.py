@@ -161,6 +161,11 @@ class Gaussian(Likelihood):
         predictions = self._count((g != 0).any(-1, keepdim=True), g)
         return Reading(predictions, predictions, torch.zeros_like(predictions))
 
+    def residuals(self, gradient: Tensor, normaliser: Tensor) -> Tensor:
+        """(n, C) f - y of the gradient 2 (f - y) / N."""
+        g = self.rows(gradient)
+        return (g * normaliser / 2).reshape(-1, g.shape[-1])
+
     def _draw(self, f: Tensor, generator: torch.Generator) -> Tensor:
         u = _uniform(f, f.shape, generator)
         eps = torch.finfo(u.dtype).eps

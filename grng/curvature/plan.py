@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from grng.curvature.capture import Capture
 from grng.curvature.coverage import Coverage, Row
 from grng.curvature.engines import Hook
-from grng.curvature.layers import Layer, make_layer
+from grng.curvature.layers import Layer, make_layer, plain_layer
 from grng.errors import invalid
 
 
@@ -56,8 +56,11 @@ def named_groups(
     return groups
 
 
-def find_layers(model: nn.Module, trainable: set[nn.Parameter]) -> tuple[list[Layer], dict[nn.Parameter, str]]:
-    """Layers with curvature, and for every other trainable parameter the reason why it has none."""
+def find_layers(
+    model: nn.Module, trainable: set[nn.Parameter], others: bool = False
+) -> tuple[list[Layer], dict[nn.Parameter, str]]:
+    """Layers with curvature, and for every other trainable parameter the reason why it has none; with `others` each of
+    these is a plain layer."""
     users: dict[nn.Parameter, list[str]] = {}
     kinds: dict[nn.Parameter, str] = {}
     for name, module in model.named_modules():
@@ -81,6 +84,10 @@ def find_layers(model: nn.Module, trainable: set[nn.Parameter]) -> tuple[list[La
     covered = {p for layer in layers for p in layer.parameters}
     for p in trainable - covered:
         reasons.setdefault(p, f"no factors for {kinds[p]}")
+    if others:
+        for name, p in model.named_parameters():
+            if p in reasons:
+                layers.append(plain_layer(name, model, p))
     return layers, reasons
 
 
@@ -103,7 +110,11 @@ def coverage_of(
             continue
         verified = {"pending": "pending", "verified": "yes", "failed": "no"}[layer.status]
         treatment = method if layer.active else fallback
-        reason = layer.reason or type(layer.module).__name__ + f" ({layer.blocks} blocks)" * (layer.blocks > 1)
+        reason = layer.reason or (
+            f"diagonal: {reasons[p]}"
+            if layer.plain
+            else type(layer.module).__name__ + f" ({layer.blocks} blocks)" * (layer.blocks > 1)
+        )
         rows.append(Row(names[p], shape, treatment, capture.engine.name, verified, reason))
     fisher = capture.config.fisher
     likelihood = capture.fisher.likelihood.name if capture.fisher.likelihood else "none"

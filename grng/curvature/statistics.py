@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from grng.kernels import gram, group_gradients, rotate, squared_gradients
+from grng.kernels import Columns, DenseColumns, IndexColumns, by_group, gram, rotate, squared_gradients
 
 
 class Statistics(Protocol):
@@ -18,6 +18,9 @@ class Statistics(Protocol):
 
     samples: int
     offset: int  # samples that came before, in earlier micro-batches of the step
+    aligned: bool  # whether its samples are those of the batch
+    drawn: bool  # whether the labels are the model's own: gradients of samples are then independent, of mean zero
+    draw: int  # which of the gradients at the model's output this belongs to, where a step takes several
 
     @property
     def rows(self) -> Tensor:
@@ -38,8 +41,8 @@ class Statistics(Protocol):
     def squared_gradients(self, U_out: Tensor | None = None, U_in: Tensor | None = None) -> Tensor:
         """(k, n_out, n_in) sum over samples of the squared gradient, in the basis U_out, U_in where it is given."""
 
-    def group_gradients(self, groups: int) -> Tensor:
-        """(groups, k, n_out, n_in) gradients summed over the samples b with (offset + b) mod groups = g."""
+    def columns(self, groups: int | None = None) -> Columns:
+        """Per-sample gradients as columns of V; or their sums over the samples b with (offset + b) mod groups = g."""
 
     def reduced(self) -> "Statistics":
         """One row a sample: inputs averaged, output gradients summed over the positions."""
@@ -50,7 +53,7 @@ class DenseStatistics:
 
     def __init__(self, x: Tensor, e: Tensor) -> None:
         self.x, self.e = x, e
-        self.samples, self.offset = x.shape[1], 0
+        self.samples, self.offset, self.draw, self.drawn, self.aligned = x.shape[1], 0, 0, True, True
 
     @cached_property
     def _counts(self) -> Tensor:
@@ -77,8 +80,10 @@ class DenseStatistics:
         e = self.e if U_out is None else self.e @ U_out.unsqueeze(1)
         return squared_gradients(x, e)
 
-    def group_gradients(self, groups: int) -> Tensor:
-        return group_gradients(self.x, self.e, groups, self.offset)
+    def columns(self, groups: int | None = None) -> DenseColumns:
+        if groups is None:
+            return DenseColumns(self.x, self.e)
+        return DenseColumns(*(by_group(rows, groups, self.offset) for rows in (self.x, self.e)))
 
     def reduced(self) -> "DenseStatistics":
         if self.x.shape[2] == 1:
@@ -93,7 +98,7 @@ class IndexStatistics:
 
     def __init__(self, index: Tensor, e: Tensor, n_in: int) -> None:
         self.index, self.e, self.n_in = index, e, n_in
-        self.samples, self.offset = index.shape[0], 0
+        self.samples, self.offset, self.draw, self.drawn, self.aligned = index.shape[0], 0, 0, True, True
 
     @cached_property
     def _counts(self) -> Tensor:
@@ -127,11 +132,27 @@ class IndexStatistics:
         per_sample = self._scatter(place, e.flatten(0, 1), len(pairs))
         return self._scatter(pairs % self.n_in, per_sample.square(), self.n_in).mT.unsqueeze(0)
 
-    def group_gradients(self, groups: int) -> Tensor:
-        part = (torch.arange(self.samples, device=self.e.device) + self.offset) % groups
-        bins = part.unsqueeze(1) * self.n_in + self.index
-        sums = self._scatter(bins, self.e.flatten(0, 1), groups * self.n_in)
-        return sums.view(groups, self.n_in, -1).mT.unsqueeze(1)
+    def columns(self, groups: int | None = None) -> IndexColumns:
+        index, e = self.index, self.e
+        if groups is not None:
+            index, e = (by_group(rows, groups, self.offset, axis=0) for rows in (index, e))
+        return IndexColumns(index, e.unsqueeze(0), self.n_in)
 
     def reduced(self) -> "IndexStatistics":
         return self  # an average of one-hot rows is not one-hot: embeddings are always expanded
+
+
+class SummedStatistics:
+    """Statistics of a parameter without geometry: its gradient (1, 1, n) summed over a batch with drawn labels.
+
+    The samples' gradients are independent and of mean zero, so that the square of their sum, over all micro-batches of
+    a step, estimates the sum of their squares without bias.
+    """
+
+    def __init__(self, gradient: Tensor, samples: int) -> None:
+        self._gradient = gradient
+        self.samples, self.offset, self.draw, self.drawn, self.aligned = samples, 0, 0, True, True
+
+    def gradient(self) -> Tensor:
+        """(1, 1, n)."""
+        return self._gradient

@@ -18,6 +18,7 @@ class Group:
     n_out: int
     n_in: int
     indexed: bool
+    plain: bool
     dtype: torch.dtype
     device: torch.device
     layers: list[Layer] = field(default_factory=list)
@@ -29,7 +30,7 @@ def make_groups(layers: Sequence[Layer], config: Curvature) -> list[Group]:
     groups: dict[tuple, Group] = {}
     for layer in layers:
         dtype, device = config.factor_dtype(layer.owner), layer.owner.device
-        key = (layer.n_out, layer.n_in, layer.indexed, dtype, device)
+        key = (layer.n_out, layer.n_in, layer.indexed, layer.plain, dtype, device)
         group = groups.setdefault(key, Group(*key))
         layer.group = list(groups).index(key)
         layer.slots = slice(group.size, group.size + layer.blocks)
@@ -49,14 +50,14 @@ class Stacked:
     def __init__(self, groups: Sequence[Group], shape: Callable[[Group], tuple[int, ...]], fill: float = 0.0) -> None:
         # Quantities of one side of the matrices fall into stacks alike, whatever their shapes: factor i of one belongs
         # to basis i of another.
-        keys = [(tuple(shape(g)), g.indexed, g.dtype, g.device) for g in groups]
+        keys = [(tuple(shape(g)), g.indexed, g.plain, g.dtype, g.device) for g in groups]
         self.keys = list(dict.fromkeys(keys))
         self.places: list[tuple[int, int]] = []
         sizes = dict.fromkeys(self.keys, 0)
         for key, group in zip(keys, groups, strict=True):
             self.places.append((self.keys.index(key), sizes[key]))
             sizes[key] += group.size
-        self.stacks = [torch.full((sizes[k], *k[0]), fill, dtype=k[2], device=k[3]) for k in self.keys]
+        self.stacks = [torch.full((sizes[k], *k[0]), fill, dtype=k[3], device=k[4]) for k in self.keys]
         self.values = self.split(self.stacks, groups)
 
     def split(self, stacks: list[Tensor], groups: Sequence[Group]) -> list[Tensor]:
@@ -156,6 +157,7 @@ class Preconditioner(ABC):
 
     name = "custom"
     weighs_sums = False  # whether the gradient of the summed loss enters, as N times that of the loss
+    takes_others = False  # whether parameters outside of layers are observed too, as layers that are `plain`
     every_step = False  # whether statistics are needed at every step, whatever `stats_every` says
 
     def setup(self, groups: Sequence[Group], config: Curvature) -> None:

@@ -100,7 +100,7 @@ class _Bench:
         else:
             self.preconditioner = deepcopy(which) if isinstance(which, Preconditioner) else which()
         config = Curvature(capture="hooks", likelihood="categorical", dtype=dtype if dtype == torch.float64 else None)
-        self.layers, _ = find_layers(self.model, set(self.model.parameters()))
+        self.layers, _ = find_layers(self.model, set(self.model.parameters()), self.preconditioner.takes_others)
         self.groups = make_groups(self.layers, config)
         self.preconditioner.setup(self.groups, config)
         self.capture = Capture(self.model, self.layers, config, self.preconditioner.observe)

@@ -2,54 +2,77 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from grng.curvature import Batch, Curvature, Layer, Statistics
 from grng.errors import invalid, unknown
-from grng.kernels import propagate_fd, propagate_vd, woodbury_direction
+from grng.kernels import Columns, gain, identity_plus
 from grng.preconditioners.base import Group, Preconditioner
+from grng.preconditioners.covariance import Covariance, Diagonal, Kronecker, Parts, Separate
 from grng.preconditioners.registry import register_preconditioner
 
+COVARIANCES = ("diag", "kron")
 PROJECTIONS = ("vd", "fd")
+COLUMNS = ("auto", "grouped", "sample")
+GAINS = ("trace", "exact")
+PENALTIES = ("ring", "fading")
 START = 3.0  # of the prior's variance, times the largest information of the first batch
+
+Key = tuple[int, int, int, int]  # whose columns (group and slot, or anybody's), which gradient at the output, which part
 
 
 @register_preconditioner("kalman")
 class Kalman(Preconditioner):
-    """Extended Kalman filter with a diagonal covariance p and fading memory (derived here; the published R-Kalman is
+    """Extended Kalman filter with a structured covariance and fading memory (derived here; the published R-Kalman is
     Bayesian and inverts no Fisher matrix, its equations could not be read).
 
-        p_pred = min(p / (1 - gamma), p_max)                       prediction
-        q      = p_pred / (1 + lam_K p_pred)                       regularised prior, in the gain only
+        P_pred = min(P / (1 - gamma) + process_noise I, p_max)     prediction
+        q      = (P_pred^{-1} + lam_K I)^{-1}                      regularised prior, in the gain only
         D      = -[ q g - q V (I_m + V^T q V)^{-1} V^T q g ]       g: gradient of the summed loss
-        p      = vd or fd propagation of p_pred through V          never through q
+        P      = projection of (P_pred^{-1} + V V^T)^{-1}          never through q
 
-    V has m columns with E[V V^T] = sum_i F_i: sums of gradients with labels drawn from the model over m parts of the
-    batch (with fisher="empirical" it needs groups as many as samples: true labels' gradients are not of mean zero).
-    lam_K = B lam / gamma, lam being RING's rho ||g||^2, so that equal rho and lr = gamma mean the same.
+    V has m columns with E[V V^T] = sum_i F_i. lam_K = B lam / gamma, lam being RING's rho ||g||^2, so that equal rho
+    and lr = gamma mean the same.
 
     Args:
         p0: variance of every parameter at the start; None: settled by the first batch, p0 lambda_max(V^T V) = 3, so
             that the first step is bold and stable whatever the scale of the loss, the batch or the model.
         gamma: forgetting in [0, 1): the share of the information lost a step. At once the learning rate and the decay
             of the running Fisher; 0 accumulates for ever, which stationary data want and deep networks do not.
-        groups: m, the columns of V.
-        projection: `"vd"`, p = 1/(1/p + rowsum V^2), or `"fd"`, the diagonal of the exact posterior covariance.
-        p_max: cap on p under forgetting, in units of p0.
+        covariance: `"diag"`, a variance for every parameter; `"kron"`, P_out (x) P_in layer by layer (embeddings and
+            parameters outside of layers: diagonal).
+        columns: `"grouped"`, m = groups sums of gradients with drawn labels over parts of the batch; `"sample"`, one
+            column for every sample and drawn label; `"auto"`: grouped for `"diag"`, sample for `"kron"` and where the
+            labels are not drawn. With Curvature(fisher="exact") V is exact, one column for every sample and output.
+        groups: m.
+        projection: of the diagonal: `"vd"`, p = 1/(1/p + rowsum V^2), or `"fd"`, the diagonal of the exact posterior
+            covariance. The Kronecker product is projected by one round of its KL divergence.
+        gain: for `"kron"`, how lam_K enters the prior: `"trace"`, q = P / (1 + lam_K tr(P)/d), or `"exact"`, which
+            takes two eigendecompositions a step.
+        penalty: `"ring"`: lam_K as above; `"fading"`: the filter's own sum of what each step adds, B lam, forgotten as
+            the information is; it tends to the former where lam is constant.
+        process_noise: variance that every parameter gains a step (under `"kron"` in the mean).
+        p_max: cap on the variance under forgetting, in units of p0 (under `"kron"` of its mean over a layer).
     """
 
     every_step = True
     weighs_sums = True
+    takes_others = True
 
     def __init__(
         self,
         p0: float | None = None,
         gamma: float = 0.03,
+        covariance: Literal["diag", "kron"] = "diag",
+        columns: Literal["auto", "grouped", "sample"] = "auto",
         groups: int = 16,
         projection: Literal["vd", "fd"] = "vd",
+        gain: Literal["trace", "exact"] = "trace",
+        penalty: Literal["ring", "fading"] = "ring",
+        process_noise: float = 0.0,
         p_max: float = 30.0,
     ) -> None:
         if p0 is not None and not (math.isfinite(p0) and p0 > 0):
@@ -58,98 +81,204 @@ class Kalman(Preconditioner):
             raise invalid("gamma", gamma, "in [0, 1)")
         if not isinstance(groups, int) or groups < 1:
             raise invalid("groups", groups, "a whole number, at least 1")
-        if projection not in PROJECTIONS:
-            raise unknown("projection", projection, PROJECTIONS)
+        for name, value, choices in (
+            ("covariance", covariance, COVARIANCES),
+            ("columns", columns, COLUMNS),
+            ("projection", projection, PROJECTIONS),
+            ("gain", gain, GAINS),
+            ("penalty", penalty, PENALTIES),
+        ):
+            if value not in choices:
+                raise unknown(name, value, choices)
+        if covariance == "kron" and projection == "fd":
+            raise invalid("projection", projection, '"vd" with covariance="kron"', "Both are projections in KL.")
+        if not (math.isfinite(process_noise) and process_noise >= 0):
+            raise invalid("process_noise", process_noise, "a finite number >= 0")
         if not (math.isfinite(p_max) and p_max >= 1):
             raise invalid("p_max", p_max, "a finite number >= 1")
-        self.p0, self.gamma, self.columns, self.projection, self.p_max = p0, gamma, groups, projection, p_max
+        self.p0, self.gamma, self.covariance, self.columns, self.groups_of_samples = p0, gamma, covariance, columns, groups
+        self.projection, self.gain, self.penalty = projection, gain, penalty
+        self.process_noise, self.p_max = process_noise, p_max
 
     def setup(self, groups: Sequence[Group], config: Curvature) -> None:
-        if config.fisher == "exact":
-            raise invalid("fisher", "exact", '"mc" or "empirical" for kalman', "Its V holds one gradient a sample.")
+        if config.fisher == "exact" and self.columns == "grouped":
+            remedy = "Exact columns have no random sign: their sums would not average out."
+            raise invalid("columns", "grouped", '"auto" or "sample" with fisher="exact"', remedy)
         super().setup(groups, config)
 
     def allocate(self) -> None:
         start = self.p0 or 0.0  # zero: not settled yet
-        self.p = self.buffer("p", lambda group: (group.n_out, group.n_in), start)
+        kron = [self.covariance == "kron" and not (group.indexed or group.plain) for group in self.groups]
+        of = dict(zip(map(id, self.groups), kron, strict=True))
+        self.p = self.buffer("p", lambda g: (0, 0) if of[id(g)] else (g.n_out, g.n_in), start)
+        self._covariances: list[Covariance] = []
+        if any(kron):
+            self.P_out = self.buffer("P_out", lambda g: (g.n_out, g.n_out) if of[id(g)] else (0, 0))
+            self.P_in = self.buffer("P_in", lambda g: (g.n_in, g.n_in) if of[id(g)] else (0, 0))
+        for i, (group, structured) in enumerate(zip(self.groups, kron, strict=True)):
+            if structured:
+                self._covariances.append(Kronecker(self.P_out.values[i], self.P_in.values[i], self.gain))
+            else:
+                kind = Separate if group.plain else Diagonal
+                self._covariances.append(kind(self.p.values[i], self.projection))
         self.start = self.buffer("p0", lambda group: (), start)
+        self.seen = self.buffer("seen", lambda group: ())
+        if self.penalty == "fading":
+            self.fading = self.buffer("lam", lambda group: (1, 1))
+        if self.p0 is not None:
+            for covariance, size in zip(self._covariances, self.start.values, strict=True):
+                covariance.begin(torch.ones_like(size, dtype=torch.bool), size.view(-1, 1, 1))
         self._settled = self.p0 is not None
-        self._V: list[Tensor | None] = [None] * len(self.groups)
-        self._prior: list[Tensor] = []
-        self._batch: Batch | None = None
+        self.discard()
+
+    # What a batch says.
 
     def observe(self, layer: Layer, statistics: Statistics) -> None:
-        columns, p = statistics.group_gradients(self.columns), self.p.values[layer.group]
-        V = self._V[layer.group]
-        if V is None and layer.blocks == len(p):
-            self._V[layer.group] = columns
+        if layer.plain:
+            sums = self._sums.setdefault(layer, {})
+            gradient = statistics.gradient()
+            sums[statistics.draw] = sums[statistics.draw] + gradient if statistics.draw in sums else gradient
             return
-        if V is None:
-            V = self._V[layer.group] = p.new_zeros(self.columns, *p.shape)
-        V[:, layer.slots] += columns
+        grouped = self.columns == "grouped" or (
+            self.columns == "auto" and self.covariance == "diag" and self.config.fisher == "mc" and statistics.drawn
+        )
+        whose, groups = (-1, -1), self.groups_of_samples if grouped else None
+        if not statistics.aligned:
+            # Its gradient does not tell the samples apart: columns of its own, coupled to no other layer. With labels
+            # drawn one is enough, the sum over the batch.
+            whose, drawn = (layer.group, layer.slots.start), statistics.drawn and self.config.fisher == "mc"
+            groups, grouped = 1 if drawn else None, drawn
+        columns = statistics.columns(groups)
+        key = *whose, statistics.draw, -1 if grouped else statistics.offset
+        self._widths[key] = columns.count
+        self._seen.setdefault(layer, {}).setdefault(key, []).append(columns)
+
+    def _gather(self) -> list[Parts]:
+        """The columns of every group, all of one width; layers of one shape and length side by side."""
+        keys = sorted(self._widths)
+        found: list[list[tuple[slice, Any]]] = [[] for _ in self.groups]
+        for layer, parts in self._seen.items():
+            first = next(iter(parts.values()))[0]
+            wide = [type(first).joined(parts[k], 2) if k in parts else first.zeros(self._widths[k]) for k in keys]
+            found[layer.group].append((layer.slots, type(first).joined(wide, 1)))
+        for layer, sums in self._sums.items():
+            squares = torch.stack([gradient.square() for gradient in sums.values()]).sum(0)
+            found[layer.group].append((layer.slots, squares))
+        self._forget()
+        return [_stacked(parts, group) for parts, group in zip(found, self.groups, strict=True)]
 
     def refresh(self, batch: Batch, decompose: bool) -> None:
-        """Predict, and propagate the covariance through the batch; an invalid batch leaves it as it was."""
-        self._batch = batch
-        self._V = [
-            p.new_zeros(self.columns, *p.shape) if V is None else V for p, V in zip(self.p.values, self._V, strict=True)
-        ]
+        """Predict. The covariance goes through the batch once the step is made, in the same passes over V; an invalid
+        batch leaves it as it was."""
+        self._commit()  # a step that asked for no direction
+        self._batch, self._parts = batch, self._gather()
         if not self._settled:
             self._settle(batch.valid)
-        caps = [self.p_max * start.view(-1, 1, 1) for start in self.start.values]
-        self._prior = [torch.minimum(p / (1 - self.gamma), cap) for p, cap in zip(self.p.values, caps, strict=True)]
-        flat = [(p.flatten(), V.flatten(1)) for p, V in zip(self._prior, self._flat_V(), strict=True)]
-        if self.projection == "vd":
-            new = [propagate_vd(p, V) for p, V in flat]
-        else:
-            rows = [V for _, V in flat]
-            _, root = woodbury_direction([p for p, _ in flat], rows, [V * p for p, V in flat])
-            new = [propagate_fd(p, V, root) for p, V in flat]
-        for p, posterior in zip(self.p.values, new, strict=True):
-            p.copy_(torch.where(batch.valid, posterior.view_as(p), p))
+        for covariance, start in zip(self._covariances, self.start.values, strict=True):
+            covariance.predict(1 / (1 - self.gamma), self.process_noise, self.p_max * start)
+        self._open = True
+
+    def _commit(self) -> None:
+        """Propagate the covariance through the batch."""
+        if not self._open:
+            return
+        assert self._batch is not None
+        valid, pairs = self._batch.valid, list(zip(self._covariances, self._parts, strict=True))
+        grams = [gram for covariance, parts in pairs if (gram := covariance.prior_gram(parts)) is not None]
+        root = torch.linalg.cholesky_ex(identity_plus(torch.stack(grams).sum(0)))[0] if grams else None
+        for covariance, parts in pairs:
+            covariance.commit(parts, root, valid)
+        for seen in self.seen.stacks:
+            seen.copy_(torch.where(valid, (1 - self.gamma) * seen + self._batch.predictions, seen))
+        self._parts, self._open = [], False
 
     def _settle(self, valid: Tensor) -> None:
         """p0 from the first valid batch; it looks at values until there was one."""
-        gram = torch.stack([V.flatten(1) @ V.flatten(1).mT for V in self._flat_V()]).sum(0)
-        largest = torch.linalg.eigvalsh(torch.where(valid, gram, 0))[-1]
+        flat = [part for parts in self._parts for _, part in parts]
+        grams = [columns.gram() for columns in flat if isinstance(columns, Columns)]
+        sizes = [part.amax() for part in flat if isinstance(part, Tensor)]
+        if grams:
+            sizes.append(torch.linalg.eigvalsh(torch.where(valid, torch.stack(grams).sum(0), 0))[-1])
+        largest = torch.stack(sizes).amax()
         p0 = START / largest.clamp(min=torch.finfo(largest.dtype).tiny)
-        for start, p in zip(self.start.values, self.p.values, strict=True):
+        for start, covariance in zip(self.start.values, self._covariances, strict=True):
             first = (start == 0) & valid
             start.copy_(torch.where(first, p0, start))
-            p.copy_(torch.where(first.view(-1, 1, 1), p0, p))
+            covariance.begin(first, p0)
         self._settled = bool(valid)
 
-    def _flat_V(self) -> list[Tensor]:
-        return [V for V in self._V if V is not None]
+    # The step.
 
     def precondition(self, gradients: list[Tensor], damping: list[Tensor]) -> list[Tensor]:
         assert self._batch is not None
-        N, scale = self._batch.normaliser, self._information()
-        q, qg, V, qV = [], [], [], []
-        for p, G, lam, columns in zip(self._prior, gradients, damping, self._flat_V(), strict=True):
-            q.append((p / (1 + scale * lam * p)).flatten())
-            qg.append(q[-1] * (N * G).flatten())
-            V.append(columns.flatten(1))
-            qV.append(V[-1] * q[-1])
-        directions, _ = woodbury_direction(qg, V, qV)
-        self._V = [None] * len(self.groups)
-        return [D.view_as(G) for D, G in zip(directions, gradients, strict=True)]
+        N = self._batch.normaliser
+        terms = list(zip(self._covariances, self._parts, self._penalties(damping), gradients, strict=True))
+        found = [pair for P, parts, lam, g in terms if (pair := P.measure(parts, lam, g)) is not None]
+        z = N.new_zeros(0)
+        if found:
+            gram, projected = (torch.stack(values).sum(0) for values in zip(*found, strict=True))
+            z, _ = gain(gram, N.to(projected.dtype) * projected)
+        directions = [P.direction(parts, z, g, N) for P, parts, _, g in terms]
+        self._commit()
+        return directions
 
-    def _information(self) -> Tensor:
+    def _penalties(self, damping: list[Tensor]) -> list[Tensor]:
+        """lam_K, one (k, 1, 1) a group."""
+        assert self._batch is not None
+        if self.penalty == "ring":
+            return [self._information(self.gamma or 1.0).to(lam.dtype) * lam for lam in damping]
+        for total, lam in zip(self.fading.values, damping, strict=True):
+            new = (1 - self.gamma) * total + self._information(1.0).to(lam.dtype) * lam
+            total.copy_(torch.where(self._batch.valid, new, total))
+        return [total.clone() for total in self.fading.values]
+
+    def _information(self, gamma: float) -> Tensor:
         """What one unit of lam weighs: RING's lam is rho ||g||^2 with the gradient of the mean loss, the filter weighs
         the summed information, and the user's loss is B/N times the mean."""
         assert self._batch is not None
         B, N = self._batch.predictions, self._batch.normaliser
-        return B * (N / B).square() / (self.gamma or 1.0)
+        return B * (N / B).square() / gamma
 
     def largest_curvature(self) -> Tensor:
         """The lam at which the gain's prior is halved."""
-        return 1 / (self._information() * self.start.values[0][0])
+        return 1 / (self._information(self.gamma or 1.0) * self.start.values[0][0])
+
+    def _forget(self) -> None:
+        self._seen: dict[Layer, dict[Key, list[Any]]] = {}
+        self._sums: dict[Layer, dict[int, Tensor]] = {}
+        self._widths: dict[Key, int] = {}
 
     def discard(self) -> None:
-        self._V = [None] * len(self.groups)
-        self._batch = None
+        self._forget()
+        self._parts: list[Parts] = []
+        self._open = False
+        self._batch: Batch | None = None
 
     def load_state(self, layer: Layer, state: dict[str, Tensor]) -> None:
         super().load_state(layer, state)
         self._settled = self.p0 is not None or bool((state["p0"] > 0).all())
+
+    # The posterior.
+
+    def variance(self) -> list[Tensor]:
+        """The diagonal of the covariance, one stack (k, n_out, n_in) a group."""
+        return [covariance.variance() for covariance in self._covariances]
+
+    def draw(self, generator: torch.Generator | None = None) -> list[Tensor]:
+        """A draw from N(0, P), one stack (k, n_out, n_in) a group."""
+        return [covariance.draw(generator) for covariance in self._covariances]
+
+    def spread(self, layer: Layer, columns: Any) -> Tensor:
+        """v^T P v for every column v of one layer, (m,)."""
+        return self._covariances[layer.group].spread(layer.slots, columns)
+
+
+def _stacked(parts: list[tuple[slice, Any]], group: Group) -> Parts:
+    """As one part, where every matrix of the group has columns of one length."""
+    parts = sorted(parts, key=lambda part: part[0].start)
+    if len(parts) < 2 or group.indexed or group.plain or sum(s.stop - s.start for s, _ in parts) < group.size:
+        return parts
+    columns = [c for _, c in parts]
+    if len({c.e.shape[2] for c in columns}) > 1:
+        return parts
+    return [(slice(0, group.size), type(columns[0]).joined(columns, 0))]

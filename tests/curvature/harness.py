@@ -13,6 +13,13 @@ from grng.curvature.plan import find_layers
 ENGINES = ("hooks", "backpack")
 
 
+def quantity(statistics: Statistics, what: str) -> Any:
+    """An attribute or method of the statistics; columns as a dense V."""
+    if what == "columns":
+        return lambda groups: statistics.columns(groups).dense()
+    return getattr(statistics, what)
+
+
 @dataclass
 class Measured:
     """What one step saw: the layers by name, their statistics in order, and the batch."""
@@ -24,7 +31,7 @@ class Measured:
 
     def total(self, name: str, what: str, *args: Any) -> Tensor:
         """A sum over all uses of a layer: `input_sum`, `output_sum`, `squared_gradients`, ..., or `rows`."""
-        values = [getattr(s, what) for n, s in self.uses if n == name]
+        values = [quantity(s, what) for n, s in self.uses if n == name]
         return torch.stack([v(*args) if callable(v) else v for v in values]).sum(0)
 
 

@@ -192,7 +192,7 @@ def check(case: str, model: nn.Module, x: Tensor, seen: Measured, cotangent: Ten
     assert {layer.status for name, layer in seen.layers.items() if name not in failed} <= {"verified"}
     for name in seen.layers.keys() - failed:
         expected = alone(model, name, x, cotangent)
-        assert torch.allclose(seen.total(name, "group_gradients", len(x)), expected, rtol=1e-10, atol=1e-12)
+        assert torch.allclose(seen.total(name, "columns", len(x)), expected, rtol=1e-10, atol=1e-12)
 
 
 @BATCHES

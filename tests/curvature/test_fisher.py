@@ -226,7 +226,7 @@ def test_empirical_is_made_of_the_true_gradients(
     for name in seen.layers:
         scores = sample_gradients(model, name, x, y, per_sample)
         assert relative(seen.total(name, "squared_gradients"), scores.square().sum(0)) < 1e-11
-        assert relative(seen.total(name, "group_gradients", B), scores) < 1e-11
+        assert relative(seen.total(name, "columns", B), scores) < 1e-11
 
 
 @ENGINE

@@ -360,7 +360,7 @@ def test_micro_batches_add_up(fisher: str, engine: str) -> None:
     assert parts.batch.predictions == whole.batch.predictions
     assert parts.batch.normaliser.item() == pytest.approx(8, rel=1e-12)
     for name in whole.layers:
-        for what, args in (("output_sum", ()), ("input_sum", ()), ("squared_gradients", ()), ("group_gradients", (4,))):
+        for what, args in (("output_sum", ()), ("input_sum", ()), ("squared_gradients", ()), ("columns", (4,))):
             assert relative(parts.total(name, what, *args), whole.total(name, what, *args)) < 1e-12
         assert parts.layers[name].status == "verified"
 

@@ -9,6 +9,7 @@ from torch.func import functional_call, grad, vmap
 
 from grng.curvature import DenseStatistics, IndexStatistics, Layer, Statistics, make_layer
 
+from .harness import quantity
 from .reference import matrices, relative
 
 # module, input of a batch: (B, ...)
@@ -84,7 +85,7 @@ def test_squared_gradients_in_a_basis(case: str, B: int) -> None:
 @ALL
 @pytest.mark.parametrize("groups", [1, 2, 5, 16])
 @pytest.mark.parametrize("offset", [0, 3, 21])
-def test_group_gradients(case: str, B: int, groups: int, offset: int) -> None:
+def test_grouped_columns(case: str, B: int, groups: int, offset: int) -> None:
     """Sample b belongs to part (offset + b) mod groups; empty parts are zero."""
     module, _, x, e, statistics = build(case, B)
     statistics.offset = offset
@@ -92,9 +93,10 @@ def test_group_gradients(case: str, B: int, groups: int, offset: int) -> None:
     expected = gradients.new_zeros(groups, *gradients.shape[1:])
     for b in range(B):
         expected[(offset + b) % groups] += gradients[b]
-    found = statistics.group_gradients(groups)
+    found = statistics.columns(groups).dense()
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(found.sum(0), statistics.gradient())
+    torch.testing.assert_close(statistics.columns().dense(), gradients, rtol=1e-11, atol=1e-13)
 
 
 def rows_of(case: str, layer: Layer, x: Tensor, e: Tensor) -> list[list[tuple[Tensor, Tensor, int]]]:
@@ -156,8 +158,8 @@ def test_index_statistics_equal_dense_ones_on_one_hot_rows() -> None:
     sparse = IndexStatistics(index, e, 7)
     dense = DenseStatistics(nn.functional.one_hot(index, 7).to(e).unsqueeze(0), e.unsqueeze(0))
     U = basis(1, 3)
-    for what, args in (("gradient", ()), ("output_sum", ()), ("squared_gradients", (U,)), ("group_gradients", (3,))):
-        assert relative(getattr(sparse, what)(*args), getattr(dense, what)(*args)) < 1e-12
+    for what, args in (("gradient", ()), ("output_sum", ()), ("squared_gradients", (U,)), ("columns", (3,))):
+        assert relative(quantity(sparse, what)(*args), quantity(dense, what)(*args)) < 1e-12
     assert relative(sparse.input_sum().diag_embed(), dense.input_sum()) < 1e-12
     assert sparse.rows.tolist() == dense.rows.tolist()
 
@@ -170,8 +172,8 @@ def test_sums_over_uses_are_those_of_both_batches(case: str, B: int) -> None:
     second = layer.statistics(x[B:], e[B:], 2, torch.float64)
     second.offset = B
     calls: list[tuple[str, tuple[Any, ...]]] = [("input_sum", ()), ("output_sum", ()), ("gradient", ())]
-    calls += [("squared_gradients", ()), ("group_gradients", (3,)), ("magnitude", ())]
+    calls += [("squared_gradients", ()), ("columns", (3,)), ("magnitude", ())]
     for what, args in calls:
-        parts = getattr(first, what)(*args) + getattr(second, what)(*args)
-        torch.testing.assert_close(parts, getattr(whole, what)(*args))
+        parts = quantity(first, what)(*args) + quantity(second, what)(*args)
+        torch.testing.assert_close(parts, quantity(whole, what)(*args))
     torch.testing.assert_close(first.rows + second.rows, whole.rows)

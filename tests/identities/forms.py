@@ -7,15 +7,15 @@ from grng.kernels import (
     damped_inverse,
     eigh,
     factored_precondition,
+    gain,
     gram,
+    identity_plus,
     kron_spectrum,
     newton_inverse,
     pi_split,
     propagate_fd,
     rotate,
     rotate_back,
-    woodbury_direction,
-    woodbury_matrix,
 )
 from torch import Tensor
 
@@ -31,22 +31,26 @@ def softmax_rows(J: Tensor, out: Tensor) -> Tensor:
 
 def dense_gain(q: Tensor, V: Tensor, gs: Tensor) -> Tensor:
     """The Kalman step under a dense prior q (d x d)."""
-    return woodbury_direction([q @ gs], [V], [V @ q])[0][0]
+    z, _ = gain(V @ q @ V.T, V @ q @ gs)
+    return q @ (z @ V - gs)
 
 
 def dense_posterior(P: Tensor, V: Tensor) -> Tensor:
     """P - P V (I + V^T P V)^{-1} V^T P."""
-    root = torch.linalg.cholesky(woodbury_matrix([V], [V @ P]))
+    root = torch.linalg.cholesky(identity_plus(V @ P @ V.T))
     half = torch.linalg.solve_triangular(root, V @ P, upper=False)
     return P - half.T @ half
 
 
 def diagonal_gain(q: Tensor, V: Tensor, gs: Tensor) -> Tensor:
-    return woodbury_direction([q * gs], [V], [V * q])[0][0]
+    z, _ = gain((V * q) @ V.T, V @ (q * gs))
+    return q * (z @ V - gs)
 
 
 def filter_diagonal(p: Tensor, V: Tensor) -> Tensor:
-    return propagate_fd(p, V, torch.linalg.cholesky(woodbury_matrix([V], [V * p])))
+    root = torch.linalg.cholesky(identity_plus((V * p) @ V.T))
+    half = torch.linalg.solve_triangular(root, V, upper=False)
+    return propagate_fd(p, half.square().sum(0), V.square().sum(0))
 
 
 def factor(rows: Tensor) -> Tensor:

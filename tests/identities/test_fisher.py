@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from grng.kernels import group_gradients, squared_gradients, woodbury_direction
+from grng.kernels import DenseColumns, by_group, gain, squared_gradients
 from torch import Tensor
 from torch.func import grad, jacrev
 
@@ -18,7 +18,12 @@ CASES = pytest.mark.parametrize(("B", "C", "hidden"), [(1, 5, ()), (3, 3, (4,)),
 def columns(weights: list[Tensor], x: Tensor, y: Tensor, groups: int, offset: int = 0) -> list[Tensor]:
     """V^T (m rows), one block a layer."""
     moments = layer_moments(weights, x, labelled(y))
-    return [group_gradients(h[None, :, None], e[None, :, None], groups, offset).flatten(1) for h, e in moments]
+    return [grouped(h[None, :, None], e[None, :, None], groups, offset) for h, e in moments]
+
+
+def grouped(x: Tensor, e: Tensor, groups: int, offset: int = 0) -> Tensor:
+    """V^T (groups rows) of one layer."""
+    return DenseColumns(by_group(x, groups, offset), by_group(e, groups, offset)).dense().flatten(1)
 
 
 def draws(weights: list[Tensor], x: Tensor) -> Iterator[tuple[float, Tensor]]:
@@ -77,7 +82,7 @@ def test_T18_shared_weights(positions: int, groups: int) -> None:
         y = torch.tensor(labels)
         z = (x @ W.T).requires_grad_()
         (e,) = torch.autograd.grad(labelled(y)(z.tanh().sum(1)), z)
-        V = group_gradients(x[None], e[None], groups).flatten(1)
+        V = grouped(x[None], e[None], groups)
         mean += f(theta).softmax(1).gather(1, y[:, None]).prod() * V.T @ V
         scores = torch.einsum("bci,bc->bi", J, grad(labelled(y))(f(theta)))
         assert relative(squared_gradients(x[None], e[None]).flatten(), scores.square().sum(0)) < 1e-10
@@ -95,7 +100,9 @@ def test_T18_woodbury_sampled(B: int, C: int, groups: int, offset: int) -> None:
     gs = summed(model(weights, x), flat(weights), labelled(y))[0]
     q = [0.1 + torch.rand(W.numel()) for W in weights]
     g = gs.split([W.numel() for W in weights])
-    D, _ = woodbury_direction([a * b for a, b in zip(q, g, strict=True)], V, [a * b for a, b in zip(V, q, strict=True)])
+    grams, projected = zip(*[((v * a) @ v.T, v @ (a * b)) for v, a, b in zip(V, q, g, strict=True)], strict=True)
+    z, _ = gain(sum(grams), sum(projected))  # type: ignore[arg-type]
+    D = [a * (z @ v - b) for v, a, b in zip(V, q, g, strict=True)]
 
     scores = torch.stack([summed(model(weights, x[[i]]), flat(weights), labelled(drawn[[i]]))[0] for i in range(B)])
     dense = torch.zeros(groups, scores.shape[1])

@@ -185,7 +185,7 @@ def test_T6_filter_above_variational_diagonal(B: int, C: int, hidden: tuple[int,
     F, V = summed(f, theta, loss)[1], softmax_rows(parts(f, theta, loss)[0], f(theta))
     p = 0.01 + torch.rand(len(theta))
     precision = torch.diag(1 / p) + F
-    fd, vd = filter_diagonal(p, V), propagate_vd(p, V)
+    fd, vd = filter_diagonal(p, V), propagate_vd(p, V.square().sum(0))
     assert relative(fd, precision.inverse().diagonal()) < 1e-10
     assert relative(vd, 1 / precision.diagonal()) < 1e-10
     assert (fd >= vd * (1 - 1e-12)).all()
@@ -203,7 +203,7 @@ def test_T6_diagonal_prior_is_not_diagonal_step(overlapping: bool) -> None:
     if not overlapping:
         V *= torch.eye(4, 12)
     p, gs = 0.1 + torch.rand(12), torch.randn(12)
-    gap = relative(diagonal_gain(p, V, gs), -gs * propagate_vd(p, V))
+    gap = relative(diagonal_gain(p, V, gs), -gs * propagate_vd(p, V.square().sum(0)))
     assert gap > 0.05 if overlapping else gap < 1e-10
 
 
@@ -228,7 +228,7 @@ def test_T16_stored_penalty_freezes(gamma: float) -> None:
             total = (1 - gamma) * total + lam
             q = p / (1 + lam * p)
             theta = theta + diagonal_gain(q, V, gs)
-            p = propagate_vd(q if stored else p, V)
+            p = propagate_vd(q if stored else p, V.square().sum(0))
         nll[stored] = cross_entropy(model(weights, fresh)(theta), held_out).item()
         variance[stored] = p.mean().item()
         assert not stored or (p <= 1 / total).all()

@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, hessian, jacrev
 from torch.nn.functional import cross_entropy, mse_loss
 
 from grng import GRNG, Curvature
-from grng.preconditioners import make_preconditioner
+from grng.preconditioners import Kalman
 
 from .reference import damped_step, relative
 
@@ -143,7 +143,7 @@ def test_T17_kalman_is_the_dense_filter(projection: str, gamma: float, groups: i
     model, plain, batches = mlp(4, 5, 3), mlp(4, 5, 3), stream(6)
     theta = vector(model)
     p = torch.full_like(theta, 0.05)
-    filter_ = make_preconditioner("kalman", p0=0.05, gamma=gamma, groups=groups, projection=projection, p_max=1e3)
+    filter_ = Kalman(0.05, gamma, columns="grouped", groups=groups, projection=projection, p_max=1e3)  # type: ignore[arg-type]
     curvature = Curvature(fisher="empirical")
     with GRNG(model, "kalman", rho=rho, preconditioner=filter_, curvature=curvature) as optimizer:
         for x, y in batches:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from grng.kernels import damped_inverse, woodbury_direction
+from grng.kernels import damped_inverse, gain
 from torch import Tensor
 from torch.func import jacrev
 
@@ -32,7 +32,8 @@ def test_T8_rank_one_damping_rescales(B: int, C: int, rho: float) -> None:
     gs, F = summed(f, theta, loss)
     F, g = F / B + 0.1 * torch.eye(len(theta)), gs / B
     natural = damped_step(F, 0, g)
-    D = woodbury_direction([-natural], [rho**0.5 * g[None]], [-(rho**0.5) * natural[None]])[0][0]
+    z, _ = gain(-rho * (g @ natural).view(1, 1), -(rho**0.5) * (g @ natural).view(1))
+    D = natural - z * rho**0.5 * natural
     assert relative(D, natural / (1 - rho * g @ natural)) < 1e-10
     assert relative(D, damped_step(F + rho * torch.outer(g, g), 0, g)) < 1e-10
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from grng.kernels import contract, gram, group_gradients, squared_gradients
+from grng.kernels import contract, gram, squared_gradients
 from grng.kernels.einsum import _expression
 from torch import Tensor
 
@@ -68,24 +68,6 @@ def test_squared_gradients_leave_their_arguments_alone() -> None:
         squared_gradients(x, e)
         assert torch.equal(x, before[0])
         assert torch.equal(e, before[1])
-
-
-@SHAPES
-@pytest.mark.parametrize("groups", [1, 2, 3, 8, 13])
-@pytest.mark.parametrize("offset", [0, 1, 7, 100])
-def test_group_gradients(groups: int, offset: int, k: int, B: int, T: int, n_in: int, n_out: int) -> None:
-    x, e = rows(k, B, T, n_in), rows(k, B, T, n_out)
-    expected = torch.zeros(groups, k, n_out, n_in)
-    for b in range(B):
-        for j in range(k):
-            expected[(offset + b) % groups, j] += sample_gradient(x, e, j, b)
-    torch.testing.assert_close(group_gradients(x, e, groups, offset), expected)
-
-
-def test_group_gradients_continue_over_micro_batches() -> None:
-    x, e = rows(2, 11, 3, 4), rows(2, 11, 3, 2)
-    parts = [group_gradients(x[:, s:t], e[:, s:t], 4, s) for s, t in ((0, 3), (3, 4), (4, 11))]
-    torch.testing.assert_close(sum(parts), group_gradients(x, e, 4))
 
 
 EQUATIONS = [

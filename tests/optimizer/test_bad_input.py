@@ -12,6 +12,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 
 from grng import GRNG, Curvature, GRNGWarning
 from grng.preconditioners import EKFAC, KFAC, Kalman, make_preconditioner
+from grng.regularizers import GNP
 
 from .cases import (
     ONE_PASS,
@@ -58,7 +59,15 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"variant": "kfac", "rho": 0.5}, r"rho must be 0 for variant 'kfac'.*0\.5.*variant='ring'"),
     ({"variant": "ekfac", "rho": "auto"}, r"rho must be 0 for variant 'ekfac'.*'auto'"),
     ({"curvature": {"fisher": "mc"}}, r"curvature must be a grng\.Curvature"),
-    ({"variant": "kalman", "curvature": Curvature(fisher="exact")}, r"fisher must be \"mc\".*'exact'"),
+    (
+        {"preconditioner": Kalman(columns="grouped"), "curvature": Curvature(fisher="exact")},
+        r"columns must be .*sample.*'grouped'.*random sign",
+    ),
+    ({"variant": "ring", "curvature": Curvature(noise="scalar")}, r"noise must be .*auto.*'scalar'.*Only kalman"),
+    (
+        {"variant": "kalman", "curvature": Curvature(noise="full"), "regularizer": GNP()},
+        r"noise must be .*'full'.*passes would not be weighted",
+    ),
     ({"params": []}, r"params must be at least one parameter.*nothing trainable"),
     ({"params": [nn.Parameter(torch.ones(2, 7))]}, r"params must be parameters of the model.*\(2, 7\)"),
     ({"params": [{"params": [nn.Parameter(torch.ones(2, 7))]}]}, r"params must be parameters of the model.*\(2, 7\)"),
@@ -124,6 +133,15 @@ PRECONDITIONERS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: Kalman(groups=0), ValueError, r"groups must be a whole number, at least 1.*0"),
     (lambda: Kalman(projection="diag"), ValueError, r"projection 'diag'.*vd, fd"),  # type: ignore[arg-type]
     (lambda: Kalman(p_max=NAN), ValueError, r"p_max must be .*nan"),
+    (lambda: Kalman(covariance="full"), ValueError, r"covariance 'full'.*diag, kron"),  # type: ignore[arg-type]
+    (lambda: Kalman(columns="samples"), ValueError, r"columns 'samples'.*sample"),  # type: ignore[arg-type]
+    (lambda: Kalman(gain="both"), ValueError, r"gain 'both'.*trace, exact"),  # type: ignore[arg-type]
+    (lambda: Kalman(penalty="rings"), ValueError, r"penalty 'rings'.*Did you mean 'ring'"),  # type: ignore[arg-type]
+    (lambda: Kalman(process_noise=-1.0), ValueError, r"process_noise must be a finite number >= 0.*-1\.0"),
+    (lambda: Kalman(covariance="kron", projection="fd"), ValueError, r"projection must be .*'fd'.*KL"),
+    (lambda: Curvature(noise=0.0), ValueError, r"noise must be a finite number > 0.*0\.0"),
+    (lambda: Curvature(noise="vector"), ValueError, r"noise must be .*full.*'vector'"),  # type: ignore[arg-type]
+    (lambda: Curvature(draws=0), ValueError, r"draws must be a whole number, at least 1.*0"),
     (lambda: make_preconditioner(EKFAC(), solver="newton"), TypeError, r"settings \['solver'\].*'ekfac'"),
     (lambda: make_preconditioner("ekfac", solver="newton"), TypeError, r"solver"),
 ]

@@ -1,0 +1,236 @@
+"""What the Kalman filter believes about one group of matrices: three forms of covariance, with one interface."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from grng.kernels import eigh, propagate_fd, propagate_kron, propagate_vd
+
+Parts = Sequence[tuple[slice, Any]]  # which matrices of the group, and what a batch says about them
+
+
+class Covariance(Protocol):
+    """P of k matrices (n_out, n_in), as the filter needs it. `parts` hold the columns of V; the matrices that no part
+    names have none.
+
+        predict      P_pred from P
+        measure      V^T q V and V^T q g, q the regularised P_pred
+        direction    q (V z - N g), for the z of the gain
+        commit       P <- the projection of (P_pred^{-1} + V V^T)^{-1}
+    """
+
+    def begin(self, first: Tensor, p0: Tensor) -> None:
+        """P = p0 I for the matrices (k,) that start now."""
+
+    def predict(self, growth: float, noise: float, cap: Tensor) -> None:
+        """P_pred = growth P + noise I, at most cap (k,)."""
+
+    def measure(self, parts: Parts, lam: Tensor, g: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(m, m) and (m,) for a gradient g and lam (k, 1, 1); None where there are no columns."""
+
+    def direction(self, parts: Parts, z: Tensor, g: Tensor, N: Tensor) -> Tensor:
+        """After `measure`."""
+
+    def prior_gram(self, parts: Parts) -> Tensor | None:
+        """V^T P_pred V where `commit` needs its root."""
+
+    def commit(self, parts: Parts, root: Tensor | None, valid: Tensor) -> None:
+        """Propagate, if valid; root is the lower Cholesky factor of I + V^T P_pred V over all groups."""
+
+    def variance(self) -> Tensor:
+        """The diagonal of P, (k, n_out, n_in)."""
+
+    def draw(self, generator: torch.Generator | None) -> Tensor:
+        """A draw from N(0, P)."""
+
+    def spread(self, slots: slice, columns: Any) -> Tensor:
+        """v^T P v for every column v of the matrices in these slots, (m,)."""
+
+
+def _residual(parts: Parts, z: Tensor, g: Tensor, N: Tensor) -> Tensor:
+    """V z - N g."""
+    N = -N.to(g.dtype)
+    if len(parts) == 1 and parts[0][1].e.shape[0] == len(g):
+        return parts[0][1].combine(z).addcmul_(g, N)
+    out = N * g
+    for slots, columns in parts:
+        out[slots] += columns.combine(z)
+    return out
+
+
+def _total(values: list[Tensor]) -> Tensor | None:
+    return torch.stack(values).sum(0) if values else None
+
+
+class Diagonal:
+    """P = diag(p), p (k, n_out, n_in).
+
+    vd: p = 1/(1/p + rowsum V^2). fd: the diagonal of the exact posterior covariance. q = p / (1 + lam p), exactly.
+    """
+
+    def __init__(self, p: Tensor, projection: str) -> None:
+        self.p, self.projection = p, projection
+        self._prior, self._lam = p, p
+        self._squares: Tensor | None = None
+
+    def begin(self, first: Tensor, p0: Tensor) -> None:
+        self.p.copy_(torch.where(first.view(-1, 1, 1), p0, self.p))
+
+    def predict(self, growth: float, noise: float, cap: Tensor) -> None:
+        self._prior = self.p * growth
+        if noise:
+            self._prior += noise
+        torch.minimum(self._prior, cap.view(-1, 1, 1), out=self._prior)
+        self._squares = None
+
+    def measure(self, parts: Parts, lam: Tensor, g: Tensor) -> tuple[Tensor, Tensor] | None:
+        self._lam, self._squares = lam, torch.zeros_like(self.p)
+        grams, products = [], []
+        for slots, columns in parts:
+            gram, projected = columns.measure(self._prior[slots], lam[slots], g[slots], self._squares[slots])
+            grams.append(gram)
+            products.append(projected)
+        total, projected = _total(grams), _total(products)
+        return None if total is None or projected is None else (total, projected)
+
+    def direction(self, parts: Parts, z: Tensor, g: Tensor, N: Tensor) -> Tensor:
+        damped = (self._lam * self._prior).add_(1)
+        return _residual(parts, z, g, N).mul_(self._prior).div_(damped)
+
+    def prior_gram(self, parts: Parts) -> Tensor | None:
+        if self.projection == "vd":
+            return None
+        return _total([columns.gram(self._prior[slots]) for slots, columns in parts])
+
+    def commit(self, parts: Parts, root: Tensor | None, valid: Tensor) -> None:
+        squares = self._squares
+        if squares is None:  # no gradient asked for a direction
+            squares = torch.zeros_like(self.p)
+            for slots, columns in parts:
+                squares[slots] = columns.squares(squares[slots])
+        if root is None:
+            new = propagate_vd(self._prior, squares)
+        else:
+            whitened = torch.zeros_like(self.p)
+            for slots, columns in parts:
+                whitened[slots] = columns.whitened_squares(root, whitened[slots])
+            new = propagate_fd(self._prior, whitened, squares)
+        torch.where(valid, new, self.p, out=self.p)
+
+    def variance(self) -> Tensor:
+        return self.p
+
+    def spread(self, slots: slice, columns: Any) -> Tensor:
+        return columns.lengths(self.p[slots])
+
+    def draw(self, generator: torch.Generator | None) -> Tensor:
+        return self.p.sqrt() * _normal(self.p, generator)
+
+
+class Separate(Diagonal):
+    """P = diag(p) of parameters that are known by the square of one summed gradient: coupled to nothing, not even to
+    each other. parts hold these squares."""
+
+    def measure(self, parts: Parts, lam: Tensor, g: Tensor) -> tuple[Tensor, Tensor] | None:
+        self._lam = lam
+        return None
+
+    def direction(self, parts: Parts, z: Tensor, g: Tensor, N: Tensor) -> Tensor:
+        q = propagate_vd(self._prior / (1 + self._lam * self._prior), self._information(parts))
+        return -q * N.to(g.dtype) * g
+
+    def prior_gram(self, parts: Parts) -> Tensor | None:
+        return None
+
+    def commit(self, parts: Parts, root: Tensor | None, valid: Tensor) -> None:
+        torch.where(valid, propagate_vd(self._prior, self._information(parts)), self.p, out=self.p)
+
+    def _information(self, parts: Parts) -> Tensor:
+        total = torch.zeros_like(self.p)
+        for slots, squares in parts:
+            total[slots] = squares
+        return total
+
+
+class Kronecker:
+    """P = P_out (x) P_in matrix by matrix, P_out (k, n_out, n_out) with unit mean diagonal, P_in (k, n_in, n_in).
+
+    q = (P^{-1} + lam I)^{-1} is no Kronecker product. gain "trace": q = P / (1 + lam tr(P)/d), which is exact where P
+    is a multiple of the identity; gain "exact": in the eigenbasis of P, two eigendecompositions a step.
+    """
+
+    def __init__(self, P_out: Tensor, P_in: Tensor, gain: str) -> None:
+        self.P_out, self.P_in, self.gain = P_out, P_in, gain
+        self._prior = P_out, P_in
+        self._shrink = P_out
+        self._basis = P_out, P_in
+        self._rotated: tuple[Diagonal, Parts] | None = None
+
+    def begin(self, first: Tensor, p0: Tensor) -> None:
+        for P, size in ((self.P_out, 1.0), (self.P_in, p0)):
+            eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
+            P.copy_(torch.where(first.view(-1, 1, 1), size * eye, P))
+
+    def _mean(self, P_out: Tensor, P_in: Tensor) -> Tensor:
+        """tr(P)/d, (k,)."""
+        return P_out.diagonal(dim1=1, dim2=2).mean(1) * P_in.diagonal(dim1=1, dim2=2).mean(1)
+
+    def predict(self, growth: float, noise: float, cap: Tensor) -> None:
+        mean = self._mean(self.P_out, self.P_in)
+        scale = torch.minimum(growth + noise / mean, cap / mean)
+        self._prior = self.P_out.clone(), self.P_in * scale.view(-1, 1, 1)
+
+    def prior_gram(self, parts: Parts) -> Tensor | None:
+        return None
+
+    def commit(self, parts: Parts, root: Tensor | None, valid: Tensor) -> None:
+        new_out, new_in = (P.clone() for P in self._prior)
+        for slots, columns in parts:
+            new_out[slots], new_in[slots] = propagate_kron(*(P[slots] for P in self._prior), columns)
+        self.P_out.copy_(torch.where(valid, new_out, self.P_out))
+        self.P_in.copy_(torch.where(valid, new_in, self.P_in))
+
+    def measure(self, parts: Parts, lam: Tensor, g: Tensor) -> tuple[Tensor, Tensor] | None:
+        P_out, P_in = self._prior
+        if self.gain == "exact":
+            return self._measure_rotated(parts, lam, g)
+        self._shrink = 1 / (1 + lam * self._mean(P_out, P_in).view(-1, 1, 1))
+        grams, products = [], []
+        for slots, columns in parts:
+            moved = columns.transformed(P_out[slots] * self._shrink[slots], P_in[slots])
+            grams.append(moved.cross(columns))
+            products.append(moved.inner(g[slots]))
+        gram, projected = _total(grams), _total(products)
+        return None if gram is None or projected is None else (gram, projected)
+
+    def _measure_rotated(self, parts: Parts, lam: Tensor, g: Tensor) -> tuple[Tensor, Tensor] | None:
+        (w_out, U_out, _), (w_in, U_in, _) = map(eigh, self._prior)
+        rotated = Diagonal(w_out.unsqueeze(2) * w_in.unsqueeze(1), "vd")
+        self._basis = U_out, U_in
+        turned = [(slots, columns.transformed(U_out[slots], U_in[slots])) for slots, columns in parts]
+        self._rotated = rotated, turned
+        return rotated.measure(turned, lam, U_out.mT @ g @ U_in)
+
+    def direction(self, parts: Parts, z: Tensor, g: Tensor, N: Tensor) -> Tensor:
+        if self.gain == "exact":
+            assert self._rotated is not None
+            (rotated, turned), (U_out, U_in), self._rotated = self._rotated, self._basis, None
+            return U_out @ rotated.direction(turned, z, U_out.mT @ g @ U_in, N) @ U_in.mT
+        P_out, P_in = self._prior
+        return torch.bmm(self._shrink * P_out, torch.bmm(_residual(parts, z, g, N), P_in))
+
+    def variance(self) -> Tensor:
+        return self.P_out.diagonal(dim1=1, dim2=2).unsqueeze(2) * self.P_in.diagonal(dim1=1, dim2=2).unsqueeze(1)
+
+    def spread(self, slots: slice, columns: Any) -> Tensor:
+        return columns.transformed(self.P_out[slots], self.P_in[slots]).dot(columns)
+
+    def draw(self, generator: torch.Generator | None) -> Tensor:
+        L_out, L_in = (torch.linalg.cholesky(P) for P in (self.P_out, self.P_in))
+        return L_out @ _normal(self.variance(), generator) @ L_in.mT
+
+
+def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
