@@ -19,13 +19,13 @@ from grng.kernels.precondition import (
     rotated_diagonal,
 )
 from grng.kernels.solve import damped_inverse, eigh, newton_inverse
-from grng.kernels.woodbury import absorb, gain, identity_plus, propagate_fd, propagate_kron, propagate_vd
+from grng.kernels.woodbury import absorb_, gain, identity_plus, propagate_fd, propagate_kron_, propagate_vd
 
 __all__ = [
     "Columns",
     "DenseColumns",
     "IndexColumns",
-    "absorb",
+    "absorb_",
     "by_group",
     "contract",
     "damped_inverse",
@@ -40,7 +40,7 @@ __all__ = [
     "newton_inverse",
     "pi_split",
     "propagate_fd",
-    "propagate_kron",
+    "propagate_kron_",
     "propagate_vd",
     "rotate",
     "rotate_back",

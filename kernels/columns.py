@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+Part = tuple[slice, slice]  # of the matrices, of their output rows
+
 # Elements of V that are formed at a time: what a processor's cache holds.
-CHUNK_ELEMENTS = 2**17
+CHUNK_ELEMENTS = 2**18
 
 
 class Columns:
@@ -39,20 +41,30 @@ class Columns:
         """As many columns that are zero."""
         raise NotImplementedError
 
-    def chunk(self, rows: slice) -> Tensor:
-        """V[:, :, rows]: (k, m, rows, n_in), or only the inputs that are touched."""
+    def chunk(self, part: Part, into: Tensor) -> None:
+        """Write V[matrices, :, rows], only of the inputs that are touched, into (matrices, m, rows * width)."""
         raise NotImplementedError
 
     def combine(self, z: Tensor) -> Tensor:
         """sum_c z_c V_c: z (m,) -> (k, n_out, n_in)."""
         raise NotImplementedError
 
-    def _chunks(self) -> Iterator[tuple[slice, Tensor]]:
+    def _chunks(self, extra: int = 0) -> Iterator[tuple[Part, Tensor]]:
+        """V in parts (matrices, m + extra, rows * width), the last `extra` rows to be filled by who asks. The memory is
+        the same for all of them."""
         k, m, _, n_out = self.e.shape
-        step = max(1, CHUNK_ELEMENTS // max(1, k * m * self._width()))
-        for start in range(0, n_out, step):
-            rows = slice(start, start + step)
-            yield rows, self.chunk(rows).flatten(2)
+        width = self._width()
+        several = min(k, max(1, CHUNK_ELEMENTS // max(1, m * width * n_out)))
+        step = min(n_out, max(1, CHUNK_ELEMENTS // max(1, several * m * width)))
+        buffer = self.e.new_empty(several * (m + extra) * step * width)
+        for first in range(0, k, several):
+            count = min(several, k - first)
+            for start in range(0, n_out, step):
+                rows = min(step, n_out - start)
+                part = slice(first, first + count), slice(start, start + rows)
+                V = buffer[: count * (m + extra) * rows * width].view(count, m + extra, rows * width)
+                self.chunk(part, V[:, :m])
+                yield part, V
 
     def _width(self) -> int:
         """Inputs that a chunk spans."""
@@ -64,17 +76,17 @@ class Columns:
         differ in rows they are filled up with zeros."""
         raise NotImplementedError
 
-    def _take(self, values: Tensor, rows: slice) -> Tensor:
-        """The part (k, 1, rows * width) of (k, n_out, n_in) that a chunk spans."""
-        part = values[:, rows]
-        return (part if self.touched is None else part[..., self.touched]).flatten(1).unsqueeze(1)
+    def _take(self, values: Tensor, part: Part) -> Tensor:
+        """The part (matrices, 1, rows * width) of (k, n_out, n_in) that a chunk spans."""
+        found = values[part]
+        return (found if self.touched is None else found[..., self.touched]).flatten(1).unsqueeze(1)
 
-    def _put(self, out: Tensor, rows: slice, values: Tensor) -> None:
-        part = out[:, rows]
+    def _put(self, out: Tensor, part: Part, values: Tensor) -> None:
+        found = out[part]
         if self.touched is None:
-            part += values.view_as(part)
+            found += values.view_as(found)
         else:
-            part.index_add_(-1, self.touched, values.view(*part.shape[:-1], -1))
+            found.index_add_(-1, self.touched, values.view(*found.shape[:-1], -1))
 
     def dense(self) -> Tensor:
         """V itself, (m, k, n_out, n_in): to look at."""
@@ -87,9 +99,9 @@ class Columns:
         """
         total = self.e.new_zeros(self.count, self.count)
         right = None if others is None else others._chunks()
-        for rows, V in self._chunks():
+        for part, V in self._chunks():
             W = V if right is None else next(right)[1]
-            total += torch.bmm(V if q is None else V * self._take(q, rows), W.mT).sum(0)
+            total += torch.bmm(V if q is None else V * self._take(q, part), W.mT).sum(0)
         return total
 
     def measure(self, p: Tensor, lam: Tensor, G: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,35 +111,40 @@ class Columns:
             p, G, squares: (k, n_out, n_in); squares is added to.
             lam: (k, 1, 1).
         """
-        gram, projected = self.e.new_zeros(self.count, self.count), self.e.new_zeros(self.count)
-        for rows, V in self._chunks():
-            q = self._take(p, rows)
-            W = V * (q / (1 + lam * q))
-            gram += torch.bmm(W, V.mT).sum(0)
-            projected += torch.bmm(W, self._take(G, rows).mT).sum((0, 2))
-            self._put(squares, rows, V.mul_(V).sum(1))
-        return gram, projected
+        m = self.count
+        gram = self.e.new_zeros(m + 1, m + 1)
+        q = p / (1 + lam * p)
+        root = q.sqrt()
+        rootG = root * G
+        for part, V in self._chunks(extra=1):
+            # One buffer, which stays in the cache: G stands beside V, so that one product serves both.
+            V[:, :m] *= self._take(root, part)
+            V[:, m:] = self._take(rootG, part)
+            gram += torch.bmm(V, V.mT).sum(0) if len(V) > 1 else V[0] @ V[0].mT
+            V = V[:, :m]
+            self._put(squares, part, torch.mul(V, V, out=V).sum(1, keepdim=True).div_(self._take(q, part)))
+        return gram[:m, :m], gram[:m, m]
 
     def lengths(self, q: Tensor) -> Tensor:
         """v^T q v for every column v, (m,); q (k, n_out, n_in) is diagonal."""
         total = self.e.new_zeros(self.count)
-        for rows, V in self._chunks():
-            total += (V.square() @ self._take(q, rows).mT).sum((0, 2))
+        for part, V in self._chunks():
+            total += (V.square() @ self._take(q, part).mT).sum((0, 2))
         return total
 
     def squares(self, like: Tensor) -> Tensor:
         """rowsum V o V, in the shape of `like` (k, n_out, n_in)."""
         out = torch.zeros_like(like)
-        for rows, V in self._chunks():
-            self._put(out, rows, V.mul_(V).sum(1))
+        for part, V in self._chunks():
+            self._put(out, part, V.mul_(V).sum(1))
         return out
 
     def whitened_squares(self, root: Tensor, like: Tensor) -> Tensor:
         """rowsum of V (L L^T)^{-1} o V for a lower triangular L (m, m)."""
         out = torch.zeros_like(like)
-        for rows, V in self._chunks():
+        for part, V in self._chunks():
             half = torch.linalg.solve_triangular(root, V, upper=False)
-            self._put(out, rows, half.square().sum(1))
+            self._put(out, part, half.square().sum(1))
         return out
 
 
@@ -164,9 +181,16 @@ class DenseColumns(Columns):
     def _width(self) -> int:
         return self.x.shape[-1]
 
-    def chunk(self, rows: slice) -> Tensor:
-        e = self.e[..., rows]
-        return e.mT * self.x if self.single else e.mT @ self.x
+    def chunk(self, part: Part, into: Tensor) -> None:
+        matrices, rows = part
+        e, x = self.e[matrices, ..., rows], self.x[matrices]
+        shape = *e.shape[:2], e.shape[-1], x.shape[-1]
+        if self.single:
+            torch.mul(e.mT, x, out=into.view(shape))
+        elif len(e) == 1:
+            torch.bmm(e[0].mT, x[0], out=into.view(shape)[0])
+        else:
+            into.view(shape).copy_(e.mT @ x)
 
     def combine(self, z: Tensor) -> Tensor:
         weighted = self.e * z.view(1, -1, 1, 1)
@@ -186,6 +210,10 @@ class DenseColumns(Columns):
         k, m, R, _ = self.e.shape
         x, e = torch.bmm(self.x.flatten(1, 2), B), torch.bmm(self.e.flatten(1, 2), A)
         return DenseColumns(x.view(k, m, R, -1), e.view(k, m, R, -1))
+
+    def scaled(self, factor: Tensor) -> "DenseColumns":
+        """Columns times a number for each matrix, (k, 1, 1)."""
+        return DenseColumns(self.x, self.e * factor.unsqueeze(1))
 
     def dot(self, other: "DenseColumns") -> Tensor:
         """<V_c, W_c> for every column, (m,), summed over the k matrices."""
@@ -236,11 +264,12 @@ class IndexColumns(Columns):
     def _width(self) -> int:
         return len(self.touched)
 
-    def chunk(self, rows: slice) -> Tensor:
+    def chunk(self, part: Part, into: Tensor) -> None:
         m, width = self.count, self._width()
         bins = (torch.arange(m, device=self.e.device).unsqueeze(1) * width + self._places[1]).flatten()
-        e = self.e[0, ..., rows].flatten(0, 1)
-        return e.new_zeros(m * width, e.shape[1]).index_add_(0, bins, e).view(1, m, width, -1).mT
+        e = self.e[0, ..., part[1]].flatten(0, 1)
+        sums = e.new_zeros(m * width, e.shape[1]).index_add_(0, bins, e)
+        into.view(1, m, -1, width).copy_(sums.view(1, m, width, -1).mT)
 
     def combine(self, z: Tensor) -> Tensor:
         e = (self.e * z.view(1, -1, 1, 1)).flatten(0, 2)

@@ -1,6 +1,5 @@
 """What is measured of a layer: second moments and gradients made of its inputs x and output gradients e."""
 
-from grng.kernels.einsum import contract
 from torch import Tensor
 
 # Per-sample gradients are formed at most this many elements at a time.

@@ -5,9 +5,8 @@ P_out (x) P_in. The m x m system couples all of them.
 """
 
 import torch
-from torch import Tensor
-
 from grng.kernels.columns import DenseColumns
+from torch import Tensor
 
 
 def gain(gram: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,74 +65,76 @@ def propagate_fd(p: Tensor, whitened_squares: Tensor, squares: Tensor) -> Tensor
     return torch.maximum(p - p.square() * whitened_squares, propagate_vd(p, squares))
 
 
-def propagate_kron(P_out: Tensor, P_in: Tensor, V: DenseColumns) -> tuple[Tensor, Tensor]:
-    """Kronecker covariance after a batch: one round of minimising KL(Q || posterior) over Q = Q_out (x) Q_in, each
-    factor in closed form with the other held (derived here).
+def propagate_kron_(P_out: Tensor, P_in: Tensor, V: DenseColumns, PV: DenseColumns, valid: Tensor) -> None:
+    """Kronecker covariance after a batch, in place: one round of minimising KL(Q || posterior) over Q = Q_out (x) Q_in,
+    each factor in closed form with the other held (derived here).
 
         Q_in^{-1}  = P_in^{-1} + (1/n_out) sum_c V_c^T P_out V_c
         Q_out^{-1} = [ tr(P_in^{-1} Q_in) P_out^{-1} + sum_c V_c Q_in V_c^T ] / n_in
 
-    It is the exact posterior wherever that is a Kronecker product with P_out's or P_in's share unchanged in shape: one
-    output, or outputs that see the same inputs with the same information. No factor is inverted where the columns have
-    fewer rows than it has.
+    It is the exact posterior wherever that is a Kronecker product: one output, say, or outputs that see the same inputs
+    with the same information. Afterwards the mean of Q_out's diagonal is 1.
 
     Args:
         P_out: (k, n_out, n_out), positive definite.
         P_in: (k, n_in, n_in), positive definite.
         V: columns of the k matrices.
-
-    Returns:
-        Q_out and Q_in, with the mean of Q_out's diagonal 1.
+        PV: the columns P_out V_c P_in.
+        valid: bool; where false, nothing changes.
 
     >>> P_out, P_in = torch.eye(1).unsqueeze(0), 2 * torch.eye(1).unsqueeze(0)
     >>> V = DenseColumns(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
-    >>> round((propagate_kron(P_out, P_in, V)[1]).item(), 4)  # 1 / (1/2 + 1)
+    >>> propagate_kron_(P_out, P_in, V, V.transformed(P_out, P_in), torch.tensor(True))
+    >>> round(P_in.item(), 4)  # 1 / (1/2 + 1)
     0.6667
     """
     n_out, n_in = P_out.shape[-1], P_in.shape[-1]
-    Q_in, trace = absorb(P_in, V.x, V.e, P_out, 1 / n_out)
-    scale = n_in / trace.view(-1, 1, 1)
-    Q_out, _ = absorb(P_out, V.e, V.x, Q_in, scale / n_in)
-    Q_out = scale * Q_out
-    size = Q_out.diagonal(dim1=1, dim2=2).mean(1).view(-1, 1, 1)
-    return Q_out / size, Q_in * size
+    trace, inner = absorb_(P_in, V.x, PV.x, PV.e @ V.e.mT, torch.full_like(P_in[:, :1, :1], 1 / n_out), valid)
+    absorb_(P_out, V.e, PV.e, inner, 1 / trace, valid)
+    size = P_out.diagonal(dim1=1, dim2=2).mean(1).view(-1, 1, 1)
+    P_out.div_(torch.where(valid, size, 1.0))
+    P_in.mul_(torch.where(valid, size * n_in / trace, 1.0))
 
 
-def absorb(P: Tensor, rows: Tensor, others: Tensor, Q: Tensor, weight: float | Tensor) -> tuple[Tensor, Tensor]:
-    """(P^{-1} + w sum_c X_c^T (E_c Q E_c^T) X_c)^{-1}, and tr(P^{-1} of it), for columns V_c = E_c^T X_c.
+def absorb_(P: Tensor, X: Tensor, XP: Tensor, inner: Tensor, weight: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """P <- (P^{-1} + w sum_c X_c^T A_c X_c)^{-1}; no matrix of P's size is inverted where there are fewer rows.
 
     Args:
-        P: (k, n, n).
-        rows: X, (k, m, R, n).
-        others: E, (k, m, R, n').
-        Q: (k, n', n').
-        weight: w, a number or (k, 1, 1).
+        P: (k, n, n), positive definite.
+        X: (k, m, R, n).
+        XP: X P.
+        inner: A, (k, m, R, R), positive semidefinite.
+        weight: w, (k, 1, 1).
+        valid: bool; where false, P stays.
+
+    Returns:
+        tr(P^{-1} P') (k, 1, 1), and X_c P' X_c^T (k, m, R, R).
     """
-    k, m, R, n = rows.shape
-    inner = torch.bmm(others.flatten(1, 2), Q).view_as(others) @ others.mT  # (k, m, R, R): E_c Q E_c^T
-    weight = torch.as_tensor(weight).to(P).view(-1, 1, 1)
+    k, m, R, n = X.shape
+    rows = X.flatten(1, 2)
     eye = torch.eye(min(m * R, n), dtype=P.dtype, device=P.device).expand(k, -1, -1)
     if m * R < n:
-        # The rows of a column are mixed by a root of E_c Q E_c^T.
-        root = inner.clamp(min=0).sqrt() if R == 1 else semidefinite_root(inner)
-        X = weight.sqrt() * (root.mT @ rows).flatten(1, 2)
-        XP = torch.bmm(X, P)
-        root, _ = torch.linalg.cholesky_ex(eye + torch.bmm(XP, X.mT))
-        half = torch.linalg.solve_triangular(root, XP, upper=False)
-        new = torch.baddbmm(P, half.mT, half, alpha=-1)
+        # The rows of a column are mixed by a root of A_c.
+        mix = (inner.clamp(min=0).sqrt() if R == 1 else semidefinite_root(inner).mT) * weight.sqrt().unsqueeze(1)
+        mixed, mixed_P = (mix @ X).flatten(1, 2), (mix @ XP).flatten(1, 2)
+        root, _ = torch.linalg.cholesky_ex(eye + torch.bmm(mixed_P, mixed.mT))
+        half = torch.where(valid, torch.linalg.solve_triangular(root, mixed_P, upper=False), 0)
+        diagonal = P.diagonal(dim1=1, dim2=2).clone()
+        P.baddbmm_(half.mT, half, alpha=-1)
         # More than what rounding takes: P stays positive definite however long it is updated.
-        new.diagonal(dim1=1, dim2=2).addcmul_(
-            P.diagonal(dim1=1, dim2=2), P.new_tensor(4 * n**0.5 * torch.finfo(P.dtype).eps)
-        )
+        P.diagonal(dim1=1, dim2=2).add_(torch.where(valid, diagonal, 0), alpha=4 * n**0.5 * torch.finfo(P.dtype).eps)
+        taken = torch.bmm(half, rows.mT).view(k, -1, m, R).transpose(1, 2)
+        after = XP @ X.mT - taken.mT @ taken
     else:
-        information = weight * torch.bmm(rows.flatten(1, 2).mT, (inner @ rows).flatten(1, 2))
+        information = weight * torch.bmm(rows.mT, (inner @ X).flatten(1, 2))
         L, _ = torch.linalg.cholesky_ex(P)
         root, _ = torch.linalg.cholesky_ex(eye + L.mT @ information @ L)
         half = torch.linalg.solve_triangular(root, L.mT, upper=False)
-        new = torch.bmm(half.mT, half)
+        P.copy_(torch.where(valid, torch.bmm(half.mT, half), P))
+        after = torch.bmm(rows, P).view_as(X) @ X.mT
     # tr(P^{-1} P') = n - r + tr (I + K)^{-1} for r rows
     inverse = torch.linalg.solve_triangular(root, eye, upper=False)
-    return new, n - eye.shape[-1] + inverse.square().sum((1, 2))
+    return n - eye.shape[-1] + inverse.square().sum((1, 2)).view(-1, 1, 1), after
 
 
 def semidefinite_root(A: Tensor) -> Tensor:

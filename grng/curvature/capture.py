@@ -175,9 +175,7 @@ class Capture:
         self._output_gradient(current, f, number, version, gradient)
         return None if self._busy or not self.collecting else self.fisher.weighted(f, gradient)
 
-    def probe(
-        self, model: nn.Module, x: Any
-    ) -> tuple[Tensor, Callable[[Tensor], Iterator[tuple[Layer, Statistics]]]]:
+    def probe(self, model: nn.Module, x: Any) -> tuple[Tensor, Callable[[Tensor], Iterator[tuple[Layer, Statistics]]]]:
         """The output of a forward pass that is no training step's, and what gives the statistics of every use of a
         layer for a gradient at that output."""
         collecting, self.collecting, self._probing = self.collecting, True, True

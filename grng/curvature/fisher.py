@@ -160,7 +160,12 @@ class FisherReader:
         code = next((i for i, (kind, dim) in enumerate(CODES) if self._is(kind, dim)), -1)
         flags = torch.tensor([code, int(self.decided), int(self.empirical)])
         scale = torch.ones((), device=device) if self._loss_scale is None else self._loss_scale
-        return {"fisher_rng": self.generator(device).get_state(), "likelihood": flags, "loss_scale": scale, **self.noise.state()}
+        return {
+            "fisher_rng": self.generator(device).get_state(),
+            "likelihood": flags,
+            "loss_scale": scale,
+            **self.noise.state(),
+        }
 
     def load_state(self, state: dict[str, Tensor], device: torch.device) -> None:
         self.generator(device).set_state(state["fisher_rng"].cpu())

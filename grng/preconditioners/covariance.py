@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from grng.kernels import eigh, propagate_fd, propagate_kron, propagate_vd
+from grng.kernels import DenseColumns, eigh, propagate_fd, propagate_kron_, propagate_vd
 
 Parts = Sequence[tuple[slice, Any]]  # which matrices of the group, and what a batch says about them
 
@@ -163,63 +163,64 @@ class Kronecker:
 
     def __init__(self, P_out: Tensor, P_in: Tensor, gain: str) -> None:
         self.P_out, self.P_in, self.gain = P_out, P_in, gain
-        self._prior = P_out, P_in
-        self._shrink = P_out
-        self._basis = P_out, P_in
-        self._rotated: tuple[Diagonal, Parts] | None = None
+        self._growth = self._shrink = P_out.new_ones(len(P_out), 1, 1)  # P_pred = growth P, q = shrink P_pred
+        self._moved: list[DenseColumns] = []  # columns P_out V P_in
+        self._rotated: tuple[Diagonal, Parts, Tensor, Tensor] | None = None
 
     def begin(self, first: Tensor, p0: Tensor) -> None:
         for P, size in ((self.P_out, 1.0), (self.P_in, p0)):
             eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
             P.copy_(torch.where(first.view(-1, 1, 1), size * eye, P))
 
-    def _mean(self, P_out: Tensor, P_in: Tensor) -> Tensor:
-        """tr(P)/d, (k,)."""
-        return P_out.diagonal(dim1=1, dim2=2).mean(1) * P_in.diagonal(dim1=1, dim2=2).mean(1)
+    def _mean(self) -> Tensor:
+        """tr(P)/d, (k, 1, 1)."""
+        means = [P.diagonal(dim1=1, dim2=2).mean(1).view(-1, 1, 1) for P in (self.P_out, self.P_in)]
+        return means[0] * means[1]
 
     def predict(self, growth: float, noise: float, cap: Tensor) -> None:
-        mean = self._mean(self.P_out, self.P_in)
-        scale = torch.minimum(growth + noise / mean, cap / mean)
-        self._prior = self.P_out.clone(), self.P_in * scale.view(-1, 1, 1)
+        mean = self._mean()
+        self._growth = torch.minimum(growth + noise / mean, cap.view(-1, 1, 1) / mean)
+        self._moved = []
+
+    def _move(self, parts: Parts) -> list[DenseColumns]:
+        if not self._moved:
+            self._moved = [columns.transformed(self.P_out[slots], self.P_in[slots]) for slots, columns in parts]
+        return self._moved
+
+    def measure(self, parts: Parts, lam: Tensor, g: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.gain == "exact":
+            return self._measure_rotated(parts, lam, g)
+        self._shrink = self._growth / (1 + lam * self._growth * self._mean())
+        grams, products = [], []
+        for (slots, columns), moved in zip(parts, self._move(parts), strict=True):
+            scaled = moved.scaled(self._shrink[slots])
+            grams.append(scaled.cross(columns))
+            products.append(scaled.inner(g[slots]))
+        gram, projected = _total(grams), _total(products)
+        return None if gram is None or projected is None else (gram, projected)
+
+    def _measure_rotated(self, parts: Parts, lam: Tensor, g: Tensor) -> tuple[Tensor, Tensor] | None:
+        (w_out, U_out, _), (w_in, U_in, _) = eigh(self.P_out), eigh(self.P_in)
+        rotated = Diagonal(w_out.unsqueeze(2) * w_in.unsqueeze(1) * self._growth, "vd")
+        turned = [(slots, columns.transformed(U_out[slots], U_in[slots])) for slots, columns in parts]
+        self._rotated = rotated, turned, U_out, U_in
+        return rotated.measure(turned, lam, U_out.mT @ g @ U_in)
+
+    def direction(self, parts: Parts, z: Tensor, g: Tensor, N: Tensor) -> Tensor:
+        if self._rotated is not None:
+            (rotated, turned, U_out, U_in), self._rotated = self._rotated, None
+            return U_out @ rotated.direction(turned, z, U_out.mT @ g @ U_in, N) @ U_in.mT
+        return torch.bmm(self._shrink * self.P_out, torch.bmm(_residual(parts, z, g, N), self.P_in))
 
     def prior_gram(self, parts: Parts) -> Tensor | None:
         return None
 
     def commit(self, parts: Parts, root: Tensor | None, valid: Tensor) -> None:
-        new_out, new_in = (P.clone() for P in self._prior)
-        for slots, columns in parts:
-            new_out[slots], new_in[slots] = propagate_kron(*(P[slots] for P in self._prior), columns)
-        self.P_out.copy_(torch.where(valid, new_out, self.P_out))
-        self.P_in.copy_(torch.where(valid, new_in, self.P_in))
-
-    def measure(self, parts: Parts, lam: Tensor, g: Tensor) -> tuple[Tensor, Tensor] | None:
-        P_out, P_in = self._prior
-        if self.gain == "exact":
-            return self._measure_rotated(parts, lam, g)
-        self._shrink = 1 / (1 + lam * self._mean(P_out, P_in).view(-1, 1, 1))
-        grams, products = [], []
-        for slots, columns in parts:
-            moved = columns.transformed(P_out[slots] * self._shrink[slots], P_in[slots])
-            grams.append(moved.cross(columns))
-            products.append(moved.inner(g[slots]))
-        gram, projected = _total(grams), _total(products)
-        return None if gram is None or projected is None else (gram, projected)
-
-    def _measure_rotated(self, parts: Parts, lam: Tensor, g: Tensor) -> tuple[Tensor, Tensor] | None:
-        (w_out, U_out, _), (w_in, U_in, _) = map(eigh, self._prior)
-        rotated = Diagonal(w_out.unsqueeze(2) * w_in.unsqueeze(1), "vd")
-        self._basis = U_out, U_in
-        turned = [(slots, columns.transformed(U_out[slots], U_in[slots])) for slots, columns in parts]
-        self._rotated = rotated, turned
-        return rotated.measure(turned, lam, U_out.mT @ g @ U_in)
-
-    def direction(self, parts: Parts, z: Tensor, g: Tensor, N: Tensor) -> Tensor:
-        if self.gain == "exact":
-            assert self._rotated is not None
-            (rotated, turned), (U_out, U_in), self._rotated = self._rotated, self._basis, None
-            return U_out @ rotated.direction(turned, z, U_out.mT @ g @ U_in, N) @ U_in.mT
-        P_out, P_in = self._prior
-        return torch.bmm(self._shrink * P_out, torch.bmm(_residual(parts, z, g, N), P_in))
+        self.P_in.mul_(torch.where(valid, self._growth, 1.0))
+        for (slots, columns), moved in zip(parts, self._move(parts), strict=True):
+            PV = DenseColumns(moved.x * self._growth[slots].unsqueeze(1), moved.e)
+            propagate_kron_(self.P_out[slots], self.P_in[slots], columns, PV, valid)
+        self._moved = []
 
     def variance(self) -> Tensor:
         return self.P_out.diagonal(dim1=1, dim2=2).unsqueeze(2) * self.P_in.diagonal(dim1=1, dim2=2).unsqueeze(1)

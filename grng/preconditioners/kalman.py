@@ -21,7 +21,9 @@ GAINS = ("trace", "exact")
 PENALTIES = ("ring", "fading")
 START = 3.0  # of the prior's variance, times the largest information of the first batch
 
-Key = tuple[int, int, int, int]  # whose columns (group and slot, or anybody's), which gradient at the output, which part
+Key = tuple[
+    int, int, int, int
+]  # whose columns (group and slot, or anybody's), which gradient at the output, which part
 
 
 @register_preconditioner("kalman")
@@ -96,7 +98,13 @@ class Kalman(Preconditioner):
             raise invalid("process_noise", process_noise, "a finite number >= 0")
         if not (math.isfinite(p_max) and p_max >= 1):
             raise invalid("p_max", p_max, "a finite number >= 1")
-        self.p0, self.gamma, self.covariance, self.columns, self.groups_of_samples = p0, gamma, covariance, columns, groups
+        self.p0, self.gamma, self.covariance, self.columns, self.groups_of_samples = (
+            p0,
+            gamma,
+            covariance,
+            columns,
+            groups,
+        )
         self.projection, self.gain, self.penalty = projection, gain, penalty
         self.process_noise, self.p_max = process_noise, p_max
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from grng.kernels import DenseColumns, absorb, gain, identity_plus, propagate_fd, propagate_kron, propagate_vd
+from grng.kernels import DenseColumns, absorb_, gain, identity_plus, propagate_fd, propagate_kron_, propagate_vd
 from grng.kernels.woodbury import semidefinite_root
 from torch import Tensor
 
@@ -24,6 +24,13 @@ def posterior(q: Tensor, V: Tensor) -> Tensor:
 def spd(k: int, n: int) -> Tensor:
     A = torch.randn(k, n, n)
     return A @ A.mT / n + 0.1 * torch.eye(n)
+
+
+def propagate_kron(P_out: Tensor, P_in: Tensor, V: DenseColumns, valid: bool = True) -> tuple[Tensor, Tensor]:
+    """Of copies."""
+    out, into = P_out.clone(), P_in.clone()
+    propagate_kron_(out, into, V, V.transformed(P_out, P_in), torch.tensor(valid))
+    return out, into
 
 
 def fd(p: Tensor, V: Tensor) -> Tensor:
@@ -115,9 +122,13 @@ def test_absorb(scale: float, k: int, m: int, R: int, n_in: int, n_out: int) -> 
     V = torch.einsum("kmro,kmri->kmoi", e, x)
     information = weight * torch.einsum("kmoi,kop,kmpj->kij", V, Q, V)
     expected = torch.linalg.inv(torch.linalg.inv(P) + information)
-    found, trace = absorb(P, x, e, Q, weight)
+    found = P.clone()
+    inner = torch.einsum("kmro,kop,kmsp->kmrs", e, Q, e)
+    trace, after = absorb_(found, x, torch.einsum("kmri,kij->kmrj", x, P), inner, weight, torch.tensor(True))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(trace, torch.einsum("kij,kji->k", torch.linalg.inv(P), expected), rtol=1e-6, atol=1e-8)
+    product = torch.einsum("kij,kji->k", torch.linalg.inv(P), expected)
+    torch.testing.assert_close(trace.flatten(), product, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(after, torch.einsum("kmri,kij,kmsj->kmrs", x, expected, x), rtol=1e-6, atol=1e-8)
 
 
 @KRON
@@ -143,6 +154,15 @@ def test_propagate_kron(k: int, m: int, R: int, n_in: int, n_out: int) -> None:
         information = torch.einsum("moi,op,mpj->ij", columns.dense()[:, j], P_out[j], columns.dense()[:, j])
         first = torch.linalg.inv(torch.linalg.inv(P_in[j]) + information / n_out)
         torch.testing.assert_close(into[j] / into[j].trace(), first / first.trace(), rtol=1e-7, atol=1e-9)
+
+
+@KRON
+def test_an_invalid_batch_changes_nothing(k: int, m: int, R: int, n_in: int, n_out: int) -> None:
+    columns = DenseColumns(torch.full((k, m, R, n_in), torch.nan), torch.randn(k, m, R, n_out))
+    P_out, P_in = spd(k, n_out), spd(k, n_in)
+    out, into = propagate_kron(P_out, P_in, columns, valid=False)
+    assert torch.equal(out, P_out)
+    assert torch.equal(into, P_in)
 
 
 @pytest.mark.parametrize(("n_in", "n_out", "m"), [(4, 1, 3), (4, 1, 9), (5, 3, 2), (3, 4, 6)])
