@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -35,6 +34,21 @@ class Prediction:
     mean: Tensor
     variance: Tensor
     model_variance: Tensor
+    likelihood: str = "gaussian"
+    class_dim: int = -1
+
+    def log_likelihood(self, y: Tensor) -> Tensor:
+        """log p(y) of every target, as a Gaussian of this mean and variance, or by the probabilities; natural log.
+
+        Args:
+            y: the targets, as the loss takes them: values, class numbers, or zeros and ones.
+        """
+        if self.likelihood == "gaussian":
+            return -0.5 * ((y - self.mean).square() / self.variance + (2 * torch.pi * self.variance).log())
+        if self.likelihood == "categorical":
+            log_p = self.mean.log().movedim(self.class_dim, -1)
+            return log_p.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+        return torch.where(y > 0.5, self.mean, 1 - self.mean).log()
 
 
 class Posterior:
@@ -183,18 +197,19 @@ class Posterior:
         spread = torch.zeros_like(f)
         if f.ndim == 0:
             raise TypeError("the model returned a scalar: it has to return one output or several for every sample")
-        for index in product(*map(range, f.shape[1:])):
-            cotangent = torch.zeros_like(f)
-            cotangent[(slice(None), *index)] = 1.0
+        flat = spread.view(len(f), -1)
+        for output_ in range(flat.shape[1]):
+            cotangent = torch.zeros_like(flat)
+            cotangent[:, output_] = 1.0
             # Of a layer that is used more than once, the gradients add up.
             uses: dict[Layer, list[Columns]] = {}
-            for layer, statistics in gradients(cotangent):
+            for layer, statistics in gradients(cotangent.view_as(f)):
                 if layer in covered:
                     if statistics.samples != len(f):
                         raise TypeError(f"layer {layer.name!r} does not see the samples one by one: use predict()")
                     uses.setdefault(layer, []).append(statistics.columns())
             for layer, found in uses.items():
-                spread[(slice(None), *index)] += method.spread(layer, type(found[0]).joined(found, 2)).to(f.dtype)
+                flat[:, output_] += method.spread(layer, type(found[0]).joined(found, 2)).to(f.dtype)
         plain = [layer for layer in covered if layer.plain]
         return f, spread + self._plain_spread(model, x, f, plain) if plain else spread
 
@@ -236,7 +251,8 @@ class Posterior:
 
     def _prediction(self, mean: Tensor, model_variance: Tensor) -> Prediction:
         if self._likelihood() != "gaussian":
-            return Prediction(mean, model_variance, model_variance)
+            dim = getattr(self._optimizer._capture.fisher.likelihood, "class_dim", -1)
+            return Prediction(mean, model_variance, model_variance, self._likelihood(), dim)
         R = self.noise.to(mean.dtype)
         return Prediction(mean, model_variance + (R if R.ndim == 0 else R.diagonal()), model_variance)
 

@@ -1,7 +1,7 @@
 """The columns of V, with E[V V^T] = sum_i F_i, kept as the rows that they are made of: V itself is never held whole.
 
-For each of k matrices (n_out, n_in), column c is V_c = sum_r e_cr x_cr^T: one row where a column is one sample of a layer
-that is used at one position, more where it is a sum over positions or over a group of samples.
+For each of k matrices (n_out, n_in), column c is V_c = sum_r e_cr x_cr^T: one row where a column is one sample of a
+layer that is used at one position, more where it is a sum over positions or over a group of samples.
 """
 
 from collections.abc import Iterator, Sequence
@@ -222,7 +222,7 @@ class DenseColumns(Columns):
     def cross(self, other: "DenseColumns") -> Tensor:
         """V^T W (m, m) summed over the k matrices, for columns W of as many rows: by products of rows where that costs
         less than forming V and W."""
-        k, m, R, n_out = self.e.shape
+        _, m, R, n_out = self.e.shape
         n_in = self.x.shape[-1]
         by_rows = (m * R) ** 2 * (n_in + n_out)
         by_columns = 2 * m * R * n_out * n_in + m * m * n_out * n_in
@@ -280,8 +280,8 @@ def by_group(rows: Tensor, groups: int, offset: int = 0, axis: int = 1) -> Tenso
     """Rows of samples as rows of groups: (..., B, T, ...) -> (..., groups, ceil(B/groups) * T, ...).
 
     Sample b belongs to group (offset + b) mod groups, so that a partition goes on over micro-batches. With labels drawn
-    from the model the groups' gradients are independent and of mean zero, so that sum_g V_g V_g^T is an unbiased estimate
-    of the summed Fisher, at the price of one weight gradient. What is missing to full groups is filled with zeros.
+    from the model the groups' gradients are independent and of mean zero, so that sum_g V_g V_g^T is an unbiased
+    estimate of the summed Fisher, at the price of one weight gradient. Groups that are not full end with zeros.
 
     >>> by_group(torch.tensor([[1.0], [2.0], [4.0]]), 2, axis=0).tolist()
     [[1.0, 4.0], [2.0, 0.0]]

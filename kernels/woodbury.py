@@ -1,7 +1,7 @@
 """The gain of a Kalman update and the propagation of its covariance, without a d x d matrix.
 
-V V^T is the information of a batch, V of m columns; the covariance is diagonal or, matrix by matrix, a Kronecker product
-P_out (x) P_in. The m x m system couples all of them.
+V V^T is the information of a batch, V of m columns; the covariance is diagonal or, matrix by matrix, a Kronecker
+product P_out (x) P_in. The m x m system couples all of them.
 """
 
 import torch

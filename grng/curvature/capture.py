@@ -168,7 +168,11 @@ class Capture:
             self._probed = current, f
             return
         values, number, version = f.detach(), f.output_nr, f._version
-        f.register_hook(lambda g: self._at_output(current, values, number, version, g))
+        hook = f.register_hook(lambda g: self._at_output(current, values, number, version, g))
+        if self.fisher.noise.weights:  # before the last layer's own hook, which has to see what is handed on
+            hooks: Any = f._backward_hooks
+            for key in [key for key in hooks if key != hook.id]:
+                hooks[key] = hooks.pop(key)
 
     def _at_output(self, current: Pass, f: Tensor, number: int, version: int, gradient: Tensor) -> Tensor | None:
         """Measure, and hand on the gradient that the likelihood's noise makes of it."""

@@ -115,7 +115,7 @@ class HooksEngine:
     ) -> Iterator[Pair]:
         """Of a nested pass from the output; of `plain` layers the parameter's own gradient, in both places."""
         edges = [place if use.edge.node is None else use.edge for use in current.uses]
-        inputs = [*edges, *(layer.owner for layer in plain)]
+        inputs: list[Any] = [*edges, *(layer.owner for layer in plain)]
         if not inputs:
             return
         with _apart():

@@ -19,8 +19,8 @@ class Layer:
     """One module with curvature: its parameters, its matrix shape, and where its stacks lie.
 
     `group` and `slots` say which stack of same-shape matrices holds it and at which indices. `status` is "pending"
-    until the captured pair has reproduced the gradient, then "verified" or "failed". A `plain` one is a parameter alone,
-    seen as one row; of it only the gradient summed over the batch is known.
+    until the captured pair has reproduced the gradient, then "verified" or "failed". A `plain` one is a parameter
+    alone, seen as one row; of it only the gradient summed over the batch is known.
     """
 
     name: str

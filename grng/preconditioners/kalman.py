@@ -60,6 +60,8 @@ class Kalman(Preconditioner):
         p_max: cap on the variance under forgetting, in units of p0 (under `"kron"` of its mean over a layer).
     """
 
+    _batch: Batch | None
+    _parts: list[Parts]
     every_step = True
     weighs_sums = True
     takes_others = True
@@ -258,9 +260,9 @@ class Kalman(Preconditioner):
 
     def discard(self) -> None:
         self._forget()
-        self._parts: list[Parts] = []
+        self._parts = []
         self._open = False
-        self._batch: Batch | None = None
+        self._batch = None
 
     def load_state(self, layer: Layer, state: dict[str, Tensor]) -> None:
         super().load_state(layer, state)
