@@ -77,6 +77,7 @@ class Posterior:
 
     def __init__(self, optimizer: "GRNG") -> None:
         self._optimizer = optimizer
+        self._held = optimizer._model()  # which the optimizer itself does not keep alive
 
     def _scale(self, temperature: float, data_size: float | None) -> float:
         for name, value in (("temperature", temperature), ("data_size", data_size)):
@@ -234,10 +235,9 @@ class Posterior:
         return {layer for layer in optimizer._layers if layer.active and layer in optimizer._observed}
 
     def _model(self) -> nn.Module:
-        model = self._optimizer._model()
-        if model is None:
+        if self._held is None:
             raise RuntimeError("the model of this optimizer is gone")
-        return model
+        return self._held
 
     def _likelihood(self) -> str:
         likelihood = self._optimizer._capture.fisher.likelihood
