@@ -110,7 +110,53 @@ def make_app() -> "typer.Typer":
         show(config, records)
         raise typer.Exit(int(any(record.status == "failed" for record in records)))
 
+    add_kalman(app)
     return app
+
+
+def add_kalman(app: "typer.Typer") -> None:
+    """The commands behind the figures of docs/kalman.md."""
+    import typer
+
+    from . import robustness, stream, uci
+
+    out_help = "The folder that results are written to; what is finished there is not run again."
+
+    @app.command("uci")
+    def uci_command(
+        data: Annotated[Path | None, typer.Option(help="Folder of the UCI splits, .npz; or GRNG_DATA.")] = None,
+        datasets: Annotated[str, typer.Option(help="Names of the files, comma-separated.")] = "energy,concrete,yacht",
+        methods: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(uci.METHODS),
+        epochs: Annotated[int, typer.Option(min=1)] = 150,
+        splits: Annotated[int, typer.Option(min=1)] = 20,
+        out: Annotated[Path, typer.Option(help=out_help)] = Path("results/kalman-uci"),
+    ) -> None:
+        """RMSE and log likelihood on the standard splits, beside AdamW, Laplace and IVON where they are installed."""
+        try:
+            folder = uci.data_folder(data)
+            table = uci.uci(folder, out, names_in([datasets]), names_in([methods]), epochs, splits, typer.echo)
+        except InputError as error:
+            typer.echo(f"grng uci: error: {error}", err=True)
+            raise typer.Exit(2) from None
+        typer.echo(table)
+
+    @app.command("stream")
+    def stream_command(
+        seeds: Annotated[int, typer.Option(min=1)] = 5,
+        out: Annotated[Path, typer.Option(help="The folder that results are written to.")] = Path(
+            "results/kalman-stream"
+        ),
+    ) -> None:
+        """Digits that come one by one while the picture wanders: accuracy before learning."""
+        typer.echo(stream.stream(out, seeds, typer.echo))
+
+    @app.command("p0")
+    def p0_command(
+        seeds: Annotated[int, typer.Option(min=1)] = 3,
+        out: Annotated[Path, typer.Option(help="The folder that results are written to.")] = Path("results/kalman-p0"),
+    ) -> None:
+        """In how wide a range of p0 the Kalman filter trains, with its regularisation and without."""
+        typer.echo(robustness.robustness(out, seeds, say=typer.echo))
 
 
 def names_in(lists: list[str]) -> list[str]:

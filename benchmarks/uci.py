@@ -315,7 +315,7 @@ def report(out: Path, folder: Path) -> str:
         for which in METHODS:
             for run in runs:
                 if (run["dataset"], run["method"]) == (name, which):
-                    figures = [_mean([r[key] for r in run["rows"]]) for key in ("rmse", "log_likelihood")]
+                    figures = [spread_of([r[key] for r in run["rows"]]) for key in ("rmse", "log_likelihood")]
                     shown = [f"{k} {v}" for k, v in run["settings"].items() if k != "covariance"]
                     shown += [f"temperature {run['temperature']}"] * (not METHODS[which].certain)
                     table.append(f"| {name} | {which} | {' | '.join(figures)} | {', '.join(shown)} |")
@@ -335,7 +335,12 @@ def _published(folder: Path) -> dict[str, dict[str, str]]:
         return {row["dataset"]: row for row in csv.DictReader(file)}
 
 
-def _mean(values: Sequence[float]) -> str:
+def spread_of(values: Sequence[float]) -> str:
+    """Mean and its standard error.
+
+    >>> spread_of([1.0, 2.0, 3.0])
+    '2 ± 0.58'
+    """
     error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return _spread(fmean(values), error)
 

@@ -20,6 +20,7 @@ COLUMNS = ("auto", "grouped", "sample")
 GAINS = ("trace", "exact")
 PENALTIES = ("ring", "fading")
 START = 3.0  # of the prior's variance, times the largest information of the first batch
+FEW = 16  # columns among which the information is taken to be spread at most
 
 Key = tuple[
     int, int, int, int
@@ -40,8 +41,9 @@ class Kalman(Preconditioner):
     and lr = gamma mean the same.
 
     Args:
-        p0: variance of every parameter at the start; None: settled by the first batch, p0 lambda_max(V^T V) = 3, so
-            that the first step is bold and stable whatever the scale of the loss, the batch or the model.
+        p0: variance of every parameter at the start; None: settled by the first batch, p0 s = 3 with s the largest
+            eigenvalue of V^T V, but at least a 16th (of fewer samples: their share) of its trace, so that the first
+            step is bold and stable whatever the scale of the loss, the batch, the model or the kind of V.
         gamma: forgetting in [0, 1): the share of the information lost a step. At once the learning rate and the decay
             of the running Fisher; 0 accumulates for ever, which stationary data want and deep networks do not.
         covariance: `"diag"`, a variance for every parameter; `"kron"`, P_out (x) P_in layer by layer (embeddings and
@@ -208,7 +210,11 @@ class Kalman(Preconditioner):
         grams = [columns.gram() for columns in flat if isinstance(columns, Columns)]
         sizes = [part.amax() for part in flat if isinstance(part, Tensor)]
         if grams:
-            sizes.append(torch.linalg.eigvalsh(torch.where(valid, torch.stack(grams).sum(0), 0))[-1])
+            gram = torch.where(valid, torch.stack(grams).sum(0), 0)
+            # Few samples give exact columns no large eigenvalue, drawn labels one that is all of the trace.
+            assert self._batch is not None
+            share = gram.trace() / min(self._batch.samples, FEW)
+            sizes.append(torch.maximum(torch.linalg.eigvalsh(gram)[-1], share))
         largest = torch.stack(sizes).amax()
         p0 = START / largest.clamp(min=torch.finfo(largest.dtype).tiny)
         for start, covariance in zip(self.start.values, self._covariances, strict=True):
