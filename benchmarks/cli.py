@@ -118,7 +118,7 @@ def add_kalman(app: "typer.Typer") -> None:
     """The commands behind the figures of docs/kalman.md."""
     import typer
 
-    from . import robustness, stream, uci
+    from . import robustness, step_cost, stream, uci
 
     out_help = "The folder that results are written to; what is finished there is not run again."
 
@@ -149,6 +149,23 @@ def add_kalman(app: "typer.Typer") -> None:
     ) -> None:
         """Digits that come one by one while the picture wanders: accuracy before learning."""
         typer.echo(stream.stream(out, seeds, typer.echo))
+
+    @app.command("step-cost")
+    def step_cost_command(
+        parameters: Annotated[str, typer.Option(help="Sizes of the network, comma-separated.")] = "1e4,1e5,1e6,1e7",
+        classes: Annotated[str, typer.Option(help="Numbers of outputs, comma-separated.")] = "2,10,100",
+        memory: Annotated[bool, typer.Option(help="Measure peak memory too, a process each.")] = True,
+        out: Annotated[Path, typer.Option(help="The folder that results are written to.")] = Path(
+            "results/kalman-cost"
+        ),
+    ) -> None:
+        """What a step of the Kalman filter costs beside AdamW's, with every kind of V."""
+        sizes = [int(float(size)) for size in names_in([parameters])]
+        unknown = [size for size in sizes if size not in step_cost.WIDTHS]
+        if unknown:
+            typer.echo(f"grng step-cost: error: sizes {unknown}: choose from {list(step_cost.WIDTHS)}", err=True)
+            raise typer.Exit(2)
+        step_cost.step_cost(out, sizes, [int(C) for C in names_in([classes])], memory, typer.echo)
 
     @app.command("p0")
     def p0_command(

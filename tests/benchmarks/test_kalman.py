@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from grng.benchmarks import robustness, stream, uci
+from grng.benchmarks import robustness, step_cost, stream, uci
 from grng.benchmarks.cli import make_app
 from grng.benchmarks.errors import InputError
 from grng.benchmarks.uci import Density, Job, Method, Split
@@ -124,3 +124,25 @@ def test_p0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(run["accuracy"][1] > 0.6 for run in found if run["rho"])
     assert (tmp_path / "p0.png").stat().st_size > 10_000
     assert table.count("\n") == 2 + len(found)
+
+
+def test_step_cost(tmp_path: Path) -> None:
+    """Every method at a small size, AdamW's ratio one, memory of processes of their own."""
+    options = ["step-cost", "--parameters", "1e4", "--classes", "3", "--no-memory", "--out", str(tmp_path)]
+    done = RUN.invoke(make_app(), options)
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == list(step_cost.METHODS)
+    assert rows[0]["ratio"] == 1
+    assert all(row["ms"] > 0 and 5e3 < row["parameters"] < 2e4 for row in rows)
+    assert 100 < step_cost.peak_memory("grouped, m = 8", 10**4, 3) < 2000
+    wrong = RUN.invoke(make_app(), ["step-cost", "--parameters", "5"])
+    assert wrong.exit_code == 2
+    assert "choose from [10000, " in wrong.output
+
+
+@pytest.mark.parametrize(("size", "low", "high"), [(s, 0.5 * s, 2 * s) for s in step_cost.WIDTHS])
+def test_networks_have_their_sizes(size: int, low: float, high: float) -> None:
+    with torch.device("meta"):
+        model = step_cost.network(step_cost.WIDTHS[size], 10)
+    assert low < sum(p.numel() for p in model.parameters()) < high
