@@ -35,18 +35,25 @@ def _kalman(model: nn.Module, covariance: str, gamma: float) -> torch.optim.Opti
     return GRNG(model, "kalman", preconditioner=Kalman(covariance=covariance, gamma=gamma))  # type: ignore[arg-type]
 
 
-METHODS: Mapping[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
-    **{f"sgd, lr {lr}": lambda m, lr=lr: torch.optim.SGD(m.parameters(), lr) for lr in (0.03, 0.1, 0.3)},
-    **{f"adamw, lr {lr}": lambda m, lr=lr: torch.optim.AdamW(m.parameters(), lr) for lr in (1e-3, 3e-3, 1e-2)},
-    **{
-        f"kalman {c}, gamma {gamma}": lambda m, c=c, gamma=gamma: _kalman(m, c, gamma)
-        for c in ("diag", "kron")
-        for gamma in (0.0, 1e-4, 1e-3)
-    },
+Make = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+def _plain(cls: Callable[..., torch.optim.Optimizer], lr: float) -> Make:
+    return lambda model: cls(model.parameters(), lr=lr)
+
+
+def _filter(covariance: str, gamma: float) -> Make:
+    return lambda model: _kalman(model, covariance, gamma)
+
+
+METHODS: Mapping[str, Make] = {
+    **{f"sgd, lr {lr}": _plain(torch.optim.SGD, lr) for lr in (0.03, 0.1, 0.3)},
+    **{f"adamw, lr {lr}": _plain(torch.optim.AdamW, lr) for lr in (1e-3, 3e-3, 1e-2)},
+    **{f"kalman {c}, gamma {gamma}": _filter(c, gamma) for c in ("diag", "kron") for gamma in (0.0, 1e-4, 1e-3)},
 }
 
 
-def accuracies(make: Callable[[nn.Module], torch.optim.Optimizer], seed: int) -> list[float]:
+def accuracies(make: Make, seed: int) -> list[float]:
     """Share of digits predicted right before they were learnt, of every 300 in turn, and of all."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))

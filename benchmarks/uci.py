@@ -162,8 +162,8 @@ def fit_kalman(job: Job, covariance: str, gamma: float, **settings: Any) -> Pred
     return predict
 
 
-ADAMW = {"lr": [3e-3, 1e-2, 3e-2], "weight_decay": [1e-4, 1e-2]}
-KALMAN = {"gamma": [0.01, 0.03, 0.06], "rho": [0.0, "auto"]}
+ADAMW: Mapping[str, Sequence[Any]] = {"lr": [3e-3, 1e-2, 3e-2], "weight_decay": [1e-4, 1e-2]}
+KALMAN: Mapping[str, Sequence[Any]] = {"gamma": [0.01, 0.03, 0.06], "rho": [0.0, "auto"]}
 METHODS: Mapping[str, Method] = {
     "adamw": Method(fit_adamw, ADAMW, certain=True),
     "laplace": Method(fit_laplace, ADAMW),

@@ -19,7 +19,15 @@ from grng.kernels.precondition import (
     rotated_diagonal,
 )
 from grng.kernels.solve import damped_inverse, eigh, newton_inverse
-from grng.kernels.woodbury import absorb_, gain, identity_plus, propagate_fd, propagate_kron_, propagate_vd
+from grng.kernels.woodbury import (
+    absorb_,
+    gain,
+    identity_plus,
+    propagate_fd,
+    propagate_kron_,
+    propagate_vd,
+    semidefinite_root,
+)
 
 __all__ = [
     "Columns",
@@ -45,5 +53,6 @@ __all__ = [
     "rotate",
     "rotate_back",
     "rotated_diagonal",
+    "semidefinite_root",
     "squared_gradients",
 ]

@@ -8,6 +8,8 @@ import torch
 from grng.kernels.columns import DenseColumns
 from torch import Tensor
 
+REPAIR = 1e-3  # of its diagonal, added to a covariance that rounding has made indefinite
+
 
 def gain(gram: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
     """The m numbers that make the Kalman step of a summed gradient g under the prior q and the information V V^T.
@@ -113,28 +115,35 @@ def absorb_(P: Tensor, X: Tensor, XP: Tensor, inner: Tensor, weight: Tensor, val
     k, m, R, n = X.shape
     rows = X.flatten(1, 2)
     eye = torch.eye(min(m * R, n), dtype=P.dtype, device=P.device).expand(k, -1, -1)
+    diagonal = P.diagonal(dim1=1, dim2=2)
+    before = diagonal.clone()
     if m * R < n:
         # The rows of a column are mixed by a root of A_c.
         mix = (inner.clamp(min=0).sqrt() if R == 1 else semidefinite_root(inner).mT) * weight.sqrt().unsqueeze(1)
         mixed, mixed_P = (mix @ X).flatten(1, 2), (mix @ XP).flatten(1, 2)
-        root, _ = torch.linalg.cholesky_ex(eye + torch.bmm(mixed_P, mixed.mT))
-        half = torch.where(valid, torch.linalg.solve_triangular(root, mixed_P, upper=False), 0)
-        diagonal = P.diagonal(dim1=1, dim2=2).clone()
+        root, failed = torch.linalg.cholesky_ex(eye + torch.bmm(mixed_P, mixed.mT))
+        positive = (failed == 0).view(-1, 1, 1)
+        half = torch.linalg.solve_triangular(root, mixed_P, upper=False)
+        half = torch.where(valid & positive, half, 0)
         P.baddbmm_(half.mT, half, alpha=-1)
-        # More than what rounding takes: P stays positive definite however long it is updated.
-        P.diagonal(dim1=1, dim2=2).add_(torch.where(valid, diagonal, 0), alpha=4 * n**0.5 * torch.finfo(P.dtype).eps)
         taken = torch.bmm(half, rows.mT).view(k, -1, m, R).transpose(1, 2)
         after = XP @ X.mT - taken.mT @ taken
     else:
         information = weight * torch.bmm(rows.mT, (inner @ X).flatten(1, 2))
-        L, _ = torch.linalg.cholesky_ex(P)
-        root, _ = torch.linalg.cholesky_ex(eye + L.mT @ information @ L)
+        L, failed = torch.linalg.cholesky_ex(P)
+        root, lost = torch.linalg.cholesky_ex(eye + L.mT @ information @ L)
+        positive = (failed + lost == 0).view(-1, 1, 1)
         half = torch.linalg.solve_triangular(root, L.mT, upper=False)
-        P.copy_(torch.where(valid, torch.bmm(half.mT, half), P))
+        P.copy_(torch.where(valid & positive, torch.bmm(half.mT, half), P))
         after = torch.bmm(rows, P).view_as(X) @ X.mT
+    # More than what rounding takes, so that P stays positive definite however long it is updated; where it was not, P
+    # keeps what it was, and more is added.
+    more = torch.where(positive.flatten(1), 2 * n * torch.finfo(P.dtype).eps, REPAIR)
+    diagonal.add_(torch.where(valid, more * before, 0))
     # tr(P^{-1} P') = n - r + tr (I + K)^{-1} for r rows
     inverse = torch.linalg.solve_triangular(root, eye, upper=False)
-    return n - eye.shape[-1] + inverse.square().sum((1, 2)).view(-1, 1, 1), after
+    trace = n - eye.shape[-1] + inverse.square().sum((1, 2)).view(-1, 1, 1)
+    return torch.where(positive, trace, n), after
 
 
 def semidefinite_root(A: Tensor) -> Tensor:

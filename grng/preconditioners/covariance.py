@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from grng.kernels import DenseColumns, eigh, propagate_fd, propagate_kron_, propagate_vd
+from grng.kernels import DenseColumns, eigh, propagate_fd, propagate_kron_, propagate_vd, semidefinite_root
 
 Parts = Sequence[tuple[slice, Any]]  # which matrices of the group, and what a batch says about them
 
@@ -229,8 +229,8 @@ class Kronecker:
         return columns.transformed(self.P_out[slots], self.P_in[slots]).dot(columns)
 
     def draw(self, generator: torch.Generator | None) -> Tensor:
-        L_out, L_in = (torch.linalg.cholesky(P) for P in (self.P_out, self.P_in))
-        return L_out @ _normal(self.variance(), generator) @ L_in.mT
+        root_out, root_in = semidefinite_root(self.P_out), semidefinite_root(self.P_in)
+        return root_out @ _normal(self.variance(), generator) @ root_in.mT
 
 
 def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -194,6 +194,34 @@ def test_kron_stays_positive_definite(n: int, R: int) -> None:
         assert torch.linalg.cholesky_ex(P)[1].item() == 0
 
 
+@pytest.mark.parametrize("m", [8, 64])
+def test_kron_stays_positive_definite_on_smooth_features(m: int) -> None:
+    """Features of one input are so alike that most directions are never seen: the worst conditioned there is."""
+    P_out, P_in = torch.ones(1, 1, 1, dtype=torch.float32), torch.eye(51, dtype=torch.float32)[None]
+    centers = torch.linspace(-1, 1, 50, dtype=torch.float32)
+    for _ in range(600):
+        x = torch.rand(m, 1, dtype=torch.float32) * 2 - 1
+        rows = torch.cat([torch.tanh(3 * (x - centers)), torch.ones(m, 1, dtype=torch.float32)], 1)
+        columns = DenseColumns(rows.view(1, m, 1, 51), torch.full((1, m, 1, 1), 0.3, dtype=torch.float32))
+        P_out, P_in = propagate_kron(
+            P_out, P_in / 0.97 * (30 / P_in.diagonal(dim1=1, dim2=2).mean()).clamp(max=1), columns
+        )
+        assert torch.linalg.cholesky_ex(P_in)[1].item() == 0
+
+
+def test_an_indefinite_covariance_is_repaired() -> None:
+    """Rounding may have spoilt it: the batch is passed over, and after some more it is positive definite again."""
+    P_in = torch.diag(torch.tensor([1.0, 1.0, 1.0, -1e-4]))[None] + 0.5 - 0.5 * torch.eye(4)
+    P_in[0, 3, 3] = 0.2
+    assert torch.linalg.eigvalsh(P_in[0]).min() < 0
+    P_out = torch.eye(2)[None]
+    for _ in range(2000):
+        columns = DenseColumns(torch.randn(1, 9, 1, 4), torch.randn(1, 9, 1, 2))
+        P_out, P_in = propagate_kron(P_out, P_in / 0.97, columns)
+    assert bool(P_in.isfinite().all())
+    assert torch.linalg.eigvalsh(P_in[0]).min() > 0
+
+
 @pytest.mark.parametrize("rank", [0, 1, 3, 5])
 def test_semidefinite_root(rank: int) -> None:
     A = torch.randn(2, 5, rank)
