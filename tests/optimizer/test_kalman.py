@@ -478,3 +478,78 @@ def test_noise_resumes_and_skips() -> None:
         optimizer.close()
     assert torch.equal(runs[0][0], runs[1][0])
     assert torch.equal(runs[0][1], runs[1][1])
+
+
+def test_prior_of_exact_columns() -> None:
+    """Of one sample, p0 times the trace of V^T V is 3: its largest eigenvalue alone would start ten times too bold."""
+    model, (x, y) = mlp(4, 5, 10), stream(1, 1, 4, 10)[0]
+    V = torch.cat([v.flatten(1) for v in dense_columns(model, x, "categorical").values()], 1)
+    with GRNG(model, "kalman", preconditioner=Kalman(), curvature=Curvature(fisher="exact")) as optimizer:
+        train(optimizer, model, [(x, y)])
+        p0 = optimizer.state[model[0].weight]["p0"].item()
+    assert p0 * V.square().sum().item() == pytest.approx(3.0, rel=1e-9)
+    assert float(torch.linalg.matrix_norm(V, 2)) ** 2 < 0.5 * float(V.square().sum())
+
+
+@pytest.mark.parametrize("B", [1, 50])
+def test_noise_remembers_200_predictions(B: int) -> None:
+    """R <- (d c R + sum e^2) / c with d = max(b, 1 - n/200)."""
+    model, e, count, R = linear(2, 1), [], 0.0, 0.0
+    curvature = Curvature(ema=0.9, likelihood="gaussian")
+    with GRNG(model, "kalman", lr=0.0, preconditioner=Kalman(p0=1e-6), curvature=curvature) as optimizer:
+        for t in range(8):
+            x, y = torch.randn(B, 2).double(), (t + 1) * torch.randn(B, 1).double()
+            e.append((model(x) - y).detach().square().sum().item())
+            train(optimizer, model, [(x, y)], mse_loss)
+            keep = max(0.9, 1 - B / 200)
+            R, count = (keep * count * R + e[-1]) / (keep * count + B), keep * count + B
+            assert optimizer.posterior.noise.item() == pytest.approx(R, rel=1e-10)
+
+
+def test_bare_parameters_under_exact_columns() -> None:
+    """They see one gradient with drawn labels: sums of exact columns over the batch would say nothing."""
+    model, seen = mixed_model(), []
+    with GRNG(model, "kalman", curvature=Curvature(fisher="exact")) as optimizer:
+        observe = optimizer._preconditioner.observe
+
+        def note(layer: Any, statistics: Any) -> None:
+            if layer.plain:
+                seen.append(statistics.draw)
+            observe(layer, statistics)
+
+        optimizer._preconditioner.observe = note  # type: ignore[method-assign]
+        train(optimizer, model, [(torch.rand(6, 4).double(), torch.randint(3, (6,)))])
+    assert seen == [0]
+
+
+@pytest.mark.parametrize(("fisher", "own"), [("mc", 1), ("exact", 3 * 3)])
+def test_columns_of_a_layer_that_does_not_see_the_samples(fisher: Any, own: int) -> None:
+    """With drawn labels one column, the sum over the batch; otherwise its own rows in place of samples."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.place, self.head = nn.Embedding(3, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(x + self.place(torch.arange(3)))).mean(1)
+
+    torch.manual_seed(0)
+    model, filter_ = Positions().double(), Kalman(p0=0.05, columns="sample")
+    gather, widths = filter_._gather, []
+
+    def note() -> Any:
+        found = gather()
+        for group, parts in zip(optimizer._groups, found, strict=True):
+            V = parts[0][1].dense().flatten(1)
+            widths.append((group.layers[0].name, int((V != 0).any(1).sum()), len(V)))
+        return found
+
+    filter_._gather = note  # type: ignore[method-assign]
+    with GRNG(model, "kalman", preconditioner=filter_, curvature=Curvature(fisher=fisher)) as optimizer:
+        train(optimizer, model, [(torch.randn(5, 3, 4).double(), torch.randint(3, (5,)))])
+    shared = 5 * (3 if fisher == "exact" else 1)
+    assert dict((name, (used, total)) for name, used, total in widths) == {
+        "place": (own, shared + own),
+        "head": (shared, shared + own),
+    }
