@@ -6,6 +6,7 @@ product P_out (x) P_in. The m x m system couples all of them.
 
 import torch
 from grng.kernels.columns import DenseColumns
+from grng.kernels.solve import eigh
 from torch import Tensor
 
 REPAIR = 1e-3  # of its diagonal, added to a covariance that rounding has made indefinite
@@ -153,5 +154,5 @@ def semidefinite_root(A: Tensor) -> Tensor:
     >>> (B @ B.T).round(decimals=6).tolist()
     [[1.0, 1.0], [1.0, 1.0]]
     """
-    values, vectors = torch.linalg.eigh(A)
-    return vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+    values, vectors, _ = eigh(A.reshape(-1, *A.shape[-2:]))
+    return (vectors * values.sqrt().unsqueeze(-2)).view_as(A)

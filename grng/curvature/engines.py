@@ -120,7 +120,7 @@ class HooksEngine:
             return
         with _apart():
             found = torch.autograd.grad([place], inputs, [gradient], retain_graph=True, allow_unused=True)
-        for use, e in zip(current.uses, found, strict=False):
+        for use, e in zip(current.uses, found[: len(edges)], strict=True):
             if e is not None and use.layer.active:
                 yield use.layer, use.x, e
         yield from alone(plain, found[len(edges) :])

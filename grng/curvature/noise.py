@@ -111,16 +111,20 @@ class Noise:
 
     def weighted(self, gradient: Tensor) -> Tensor:
         """Rows (..., C) of 2 (f - y) / N as rows of R^{-1} (f - y) / N."""
-        assert self.value is not None
-        return (UNIT * torch.linalg.solve(self.value, gradient.unsqueeze(-1))).squeeze(-1)
+        return gradient @ self._weight(1.0)
 
     def scores(self, unit: Tensor) -> Tensor:
         """Rows whose second moment is 2 I as rows whose second moment is R^{-1}."""
         assert self.value is not None
         if self.value.ndim == 0:
             return unit * (UNIT / self.value).sqrt()
+        return unit @ self._weight(0.5)
+
+    def _weight(self, power: float) -> Tensor:
+        """A power of (2 R)^{-1}, (C, C)."""
+        assert self.value is not None
         w, U = torch.linalg.eigh(self.value)
-        return unit @ ((U * (UNIT / w).sqrt()) @ U.mT)
+        return (U * (UNIT / w) ** power) @ U.mT
 
     def state(self) -> dict[str, Tensor]:
         if not self.estimated or self.value is None or self._count is None or self._floor is None:

@@ -60,8 +60,9 @@ def _residual(parts: Parts, z: Tensor, g: Tensor, N: Tensor) -> Tensor:
     return out
 
 
-def _total(values: list[Tensor]) -> Tensor | None:
-    return torch.stack(values).sum(0) if values else None
+def added(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
+    """Sums of V^T q V and of V^T q g; None of nothing."""
+    return (torch.stack([a for a, _ in pairs]).sum(0), torch.stack([b for _, b in pairs]).sum(0)) if pairs else None
 
 
 class Diagonal:
@@ -87,13 +88,8 @@ class Diagonal:
 
     def measure(self, parts: Parts, lam: Tensor, g: Tensor) -> tuple[Tensor, Tensor] | None:
         self._lam, self._squares = lam, torch.zeros_like(self.p)
-        grams, products = [], []
-        for slots, columns in parts:
-            gram, projected = columns.measure(self._prior[slots], lam[slots], g[slots], self._squares[slots])
-            grams.append(gram)
-            products.append(projected)
-        total, projected = _total(grams), _total(products)
-        return None if total is None or projected is None else (total, projected)
+        squares = self._squares
+        return added([c.measure(self._prior[s], lam[s], g[s], squares[s]) for s, c in parts])
 
     def direction(self, parts: Parts, z: Tensor, g: Tensor, N: Tensor) -> Tensor:
         damped = (self._lam * self._prior).add_(1)
@@ -102,7 +98,8 @@ class Diagonal:
     def prior_gram(self, parts: Parts) -> Tensor | None:
         if self.projection == "vd":
             return None
-        return _total([columns.gram(self._prior[slots]) for slots, columns in parts])
+        grams = [columns.gram(self._prior[slots]) for slots, columns in parts]
+        return torch.stack(grams).sum(0) if grams else None
 
     def commit(self, parts: Parts, root: Tensor | None, valid: Tensor) -> None:
         squares = self._squares
@@ -191,13 +188,11 @@ class Kronecker:
         if self.gain == "exact":
             return self._measure_rotated(parts, lam, g)
         self._shrink = self._growth / (1 + lam * self._growth * self._mean())
-        grams, products = [], []
+        pairs = []
         for (slots, columns), moved in zip(parts, self._move(parts), strict=True):
             scaled = moved.scaled(self._shrink[slots])
-            grams.append(scaled.cross(columns))
-            products.append(scaled.inner(g[slots]))
-        gram, projected = _total(grams), _total(products)
-        return None if gram is None or projected is None else (gram, projected)
+            pairs.append((scaled.cross(columns), scaled.inner(g[slots])))
+        return added(pairs)
 
     def _measure_rotated(self, parts: Parts, lam: Tensor, g: Tensor) -> tuple[Tensor, Tensor] | None:
         (w_out, U_out, _), (w_in, U_in, _) = eigh(self.P_out), eigh(self.P_in)

@@ -11,7 +11,7 @@ from grng.curvature import Batch, Curvature, Layer, Statistics
 from grng.errors import invalid, unknown
 from grng.kernels import Columns, gain, identity_plus
 from grng.preconditioners.base import Group, Preconditioner
-from grng.preconditioners.covariance import Covariance, Diagonal, Kronecker, Parts, Separate
+from grng.preconditioners.covariance import Covariance, Diagonal, Kronecker, Parts, Separate, added
 from grng.preconditioners.registry import register_preconditioner
 
 COVARIANCES = ("diag", "kron")
@@ -229,10 +229,10 @@ class Kalman(Preconditioner):
         assert self._batch is not None
         N = self._batch.normaliser
         terms = list(zip(self._covariances, self._parts, self._penalties(damping), gradients, strict=True))
-        found = [pair for P, parts, lam, g in terms if (pair := P.measure(parts, lam, g)) is not None]
+        found = added([pair for P, parts, lam, g in terms if (pair := P.measure(parts, lam, g)) is not None])
         z = N.new_zeros(0)
-        if found:
-            gram, projected = (torch.stack(values).sum(0) for values in zip(*found, strict=True))
+        if found is not None:
+            gram, projected = found
             z, _ = gain(gram, N.to(projected.dtype) * projected)
         directions = [P.direction(parts, z, g, N) for P, parts, _, g in terms]
         self._commit()
