@@ -2,9 +2,9 @@
 
 The protocol of Hernandez-Lobato & Adams 2015: one hidden layer of 50 ReLU units (100 for protein), inputs and targets
 standardised by each split's training set, 20 splits. Every method gets the same number of trials, scored by the log
-likelihood of a fifth of the first split's training set; so are two numbers that turn variances into a predictive
-density, a temperature of the model's variance and a factor of the training residuals' variance. Then every split is
-trained on all of its training set with what was chosen.
+likelihood of held-out fifths of the first split's training set, three of them in turn; so are two numbers that turn
+variances into a predictive density, a temperature of the model's variance and a factor of the training residuals'
+variance. Then every split is trained on all of its training set with what was chosen.
 """
 
 import csv
@@ -28,7 +28,8 @@ from .records import write_atomically
 Predict = Callable[[Tensor], tuple[Tensor, Tensor]]  # x -> mean and the model's own variance
 PUBLISHED = "summary_and_mc_dropout_results.csv"
 TEMPERATURES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-FACTORS = (0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0)
+FACTORS = (0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0)
+FOLDS = 3  # fifths of the first training set that settings are scored on
 BATCHES = ((2000, 64), (math.inf, 128))  # up to so many samples, batches of that size
 
 
@@ -162,12 +163,12 @@ def fit_kalman(job: Job, covariance: str, gamma: float, **settings: Any) -> Pred
     return predict
 
 
-ADAMW: Mapping[str, Sequence[Any]] = {"lr": [3e-3, 1e-2, 3e-2], "weight_decay": [1e-4, 1e-2]}
-KALMAN: Mapping[str, Sequence[Any]] = {"gamma": [0.01, 0.03, 0.06], "rho": [0.0, "auto"]}
+ADAMW: Mapping[str, Sequence[Any]] = {"lr": [1e-2, 3e-2, 1e-1], "weight_decay": [1e-4, 1e-2]}
+KALMAN: Mapping[str, Sequence[Any]] = {"gamma": [0.03, 0.06, 0.12], "rho": [0.0, "auto"]}
 METHODS: Mapping[str, Method] = {
     "adamw": Method(fit_adamw, ADAMW, certain=True),
     "laplace": Method(fit_laplace, ADAMW),
-    "ivon": Method(fit_ivon, {"lr": [0.03, 0.1, 0.3], "hess_init": [0.1, 1.0], "weight_decay": [1e-3]}),
+    "ivon": Method(fit_ivon, {"lr": [0.1, 0.3, 1.0], "hess_init": [0.1, 1.0], "weight_decay": [1e-3]}),
     "kalman": Method(fit_kalman, {"covariance": ["diag"], **KALMAN}),
     "kalman-kron": Method(fit_kalman, {"covariance": ["kron"], **KALMAN}),
 }
@@ -223,16 +224,16 @@ def _fitted(method: Method, split: Split, settings: Mapping[str, Any], hidden: i
     return mean.detach(), variance.detach(), residual
 
 
-def _choose(method: Method, split: Split, hidden: int, epochs: int) -> tuple[dict[str, Any], Density, float]:
-    """The settings and the density of the highest log likelihood on the split's test part."""
+def _choose(method: Method, folds: Sequence[Split], hidden: int, epochs: int) -> tuple[dict[str, Any], Density, float]:
+    """The settings and the density of the highest mean log likelihood over the folds' test parts."""
     best: tuple[dict[str, Any], Density, float] | None = None
+    densities = [Density(*pair) for pair in product((0.0,) if method.certain else TEMPERATURES, FACTORS)]
     for settings in method.trials:
-        mean, variance, residual = _fitted(method, split, settings, hidden, epochs, seed=0)
-        if not (bool(mean.isfinite().all()) and bool(variance.isfinite().all()) and math.isfinite(residual)):
+        runs = [(_fitted(method, fold, settings, hidden, epochs, seed=0), fold.y_test) for fold in folds]
+        if not all(bool((mean + variance).isfinite().all()) and math.isfinite(r) for (mean, variance, r), _ in runs):
             continue
-        for temperature, factor in product((0.0,) if method.certain else TEMPERATURES, FACTORS):
-            density = Density(temperature, factor)
-            score = density.score(mean, variance, residual, split.y_test)
+        for density in densities:
+            score = fmean(density.score(*fitted, y) for fitted, y in runs)
             if best is None or score > best[2]:
                 best = settings, density, score
     if best is None:
@@ -240,16 +241,22 @@ def _choose(method: Method, split: Split, hidden: int, epochs: int) -> tuple[dic
     return best
 
 
+def _folds(X: Tensor, y: Tensor, kept: Tensor) -> list[Split]:
+    """Splits of what is kept into four fifths and a fifth, the fifths disjoint."""
+    order = kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))]
+    parts = order.tensor_split(5)
+    rest = [torch.cat([*parts[:i], *parts[i + 1 :]]) for i in range(FOLDS)]
+    return [Split(X, y, train, held) for train, held in zip(rest, parts[:FOLDS], strict=True)]
+
+
 def run_method(folder: Path, name: str, which: str, epochs: int, splits: int, say: Callable[[str], None]) -> Any:
     """Tune on the first split, then score all."""
     method = METHODS[which]
     X, y, tests = load(folder, name)
     hidden = 100 if name == "protein" else 50
-    rest = torch.ones(len(X), dtype=torch.bool)
-    rest[tests[0]] = False
-    order = rest.nonzero().squeeze(1)[torch.randperm(int(rest.sum()), generator=torch.Generator().manual_seed(0))]
-    held = len(order) // 5
-    settings, density, score = _choose(method, Split(X, y, order[held:], order[:held]), hidden, epochs)
+    kept = torch.ones(len(X), dtype=torch.bool)
+    kept[tests[0]] = False
+    settings, density, score = _choose(method, _folds(X, y, kept.nonzero().squeeze(1)), hidden, epochs)
     say(f"{name}, {which}: {len(method.trials)} trials, best {settings}, {density}, validation {score:.3f}")
     rows = []
     for i, test in enumerate(tests[:splits]):

@@ -331,7 +331,7 @@ class GRNG(AttachedOptimizer):
             stacks = [G + self._damping.strength().to(G.dtype) * FG for G, FG in zip(stacks, products, strict=True)]
         found = self._preconditioner.precondition(stacks, self._lam(stacks, square_norm))
         masks = self._preconditioner.measured()
-        found = [torch.where(ok & mask, D, 0).contiguous() for D, mask in zip(found, masks, strict=True)]
+        found = [D.masked_fill(~(ok & mask), 0).contiguous() for D, mask in zip(found, masks, strict=True)]
         directions = {
             p: D for layer in taking for p, D in layer.views(found[layer.group][layer.slots]) if p in gradients
         }
@@ -347,7 +347,7 @@ class GRNG(AttachedOptimizer):
         views = [pair for layer in taking for pair in layer.views(stacks[layer.group][layer.slots])]
         views = [(p, view) for p, view in views if p in gradients]
         torch._foreach_copy_([view for _, view in views], [gradients[p].detach() for p, _ in views])
-        return [torch.where(ok, G, 0) for G in stacks]
+        return [G.masked_fill_(~ok, 0) for G in stacks]
 
     def _lam(self, stacks: list[Tensor], square_norm: Tensor) -> list[Tensor]:
         """The damping per group, (k, 1, 1)."""

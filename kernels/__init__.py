@@ -6,7 +6,7 @@ directions are `(k, n_out, n_in)`.
 """
 
 from grng.kernels.average import ema_
-from grng.kernels.columns import Columns, DenseColumns, IndexColumns, by_group
+from grng.kernels.columns import Columns, DenseColumns, IndexColumns, Part, by_group, pieces
 from grng.kernels.einsum import contract
 from grng.kernels.gram import gram, squared_gradients
 from grng.kernels.precondition import (
@@ -33,6 +33,7 @@ __all__ = [
     "Columns",
     "DenseColumns",
     "IndexColumns",
+    "Part",
     "absorb_",
     "by_group",
     "contract",
@@ -47,6 +48,7 @@ __all__ = [
     "kron_spectrum",
     "newton_inverse",
     "pi_split",
+    "pieces",
     "propagate_fd",
     "propagate_kron_",
     "propagate_vd",

@@ -6,7 +6,7 @@ layer that is used at one position, more where it is a sum over positions or ove
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -14,8 +14,28 @@ from torch.nn.functional import pad
 
 Part = tuple[slice, slice]  # of the matrices, of their output rows
 
-# Elements of V that are formed at a time: what a processor's cache holds.
-CHUNK_ELEMENTS = 2**18
+CACHED = 2**18  # elements that a processor keeps in its cache
+LAUNCHED = 2**26  # elements that are worth an accelerator's launch
+
+
+class Stack(Protocol):
+    """(k, n_out, n_in): a tensor, or what is computed part by part."""
+
+    def __getitem__(self, part: Part, /) -> Tensor: ...
+
+
+def pieces(k: int, n_out: int, width: int, device: torch.device) -> Iterator[Part]:
+    """Parts of k matrices of n_out rows, a row being `width` elements, so that what is done to one stays in the cache.
+
+    >>> [rows for _, rows in pieces(1, 5, CACHED // 2, torch.device("cpu"))]
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    most = CACHED if device.type == "cpu" else LAUNCHED
+    several = min(k, max(1, most // max(1, width * n_out)))
+    step = min(n_out, max(1, most // max(1, several * width)))
+    for first in range(0, k, several):
+        for start in range(0, n_out, step):
+            yield slice(first, min(k, first + several)), slice(start, min(n_out, start + step))
 
 
 class Columns:
@@ -23,9 +43,12 @@ class Columns:
 
     Attributes:
         e: (k, m, R, n_out) output gradients; m columns of R rows.
+        apart: whether the rows are known to be draws of mean zero, each a sample's own. Then the rows' own squares have
+            the expectation of the column's square at a fraction of its variance, and `squares` is made of them.
     """
 
     e: Tensor
+    apart: bool = False
 
     @property
     def touched(self) -> Tensor | None:
@@ -54,17 +77,14 @@ class Columns:
         the same for all of them."""
         k, m, _, n_out = self.e.shape
         width = self._width()
-        several = min(k, max(1, CHUNK_ELEMENTS // max(1, m * width * n_out)))
-        step = min(n_out, max(1, CHUNK_ELEMENTS // max(1, several * m * width)))
-        buffer = self.e.new_empty(several * (m + extra) * step * width)
-        for first in range(0, k, several):
-            count = min(several, k - first)
-            for start in range(0, n_out, step):
-                rows = min(step, n_out - start)
-                part = slice(first, first + count), slice(start, start + rows)
-                V = buffer[: count * (m + extra) * rows * width].view(count, m + extra, rows * width)
-                self.chunk(part, V[:, :m])
-                yield part, V
+        buffer: Tensor | None = None
+        for part in pieces(k, n_out, (m + extra) * width, self.e.device):
+            count, rows = (each.stop - each.start for each in part)
+            if buffer is None:  # the first part is the largest
+                buffer = self.e.new_empty(count * (m + extra) * rows * width)
+            V = buffer[: count * (m + extra) * rows * width].view(count, m + extra, rows * width)
+            self.chunk(part, V[:, :m])
+            yield part, V
 
     def _width(self) -> int:
         """Inputs that a chunk spans."""
@@ -76,7 +96,7 @@ class Columns:
         differ in rows they are filled up with zeros."""
         raise NotImplementedError
 
-    def _take(self, values: Tensor, part: Part) -> Tensor:
+    def _take(self, values: Stack, part: Part) -> Tensor:
         """The part (matrices, 1, rows * width) of (k, n_out, n_in) that a chunk spans."""
         found = values[part]
         return (found if self.touched is None else found[..., self.touched]).flatten(1).unsqueeze(1)
@@ -92,7 +112,7 @@ class Columns:
         """V itself, (m, k, n_out, n_in): to look at."""
         return torch.stack([self.combine(unit) for unit in torch.eye(self.count, dtype=self.e.dtype).to(self.e.device)])
 
-    def gram(self, q: Tensor | None = None, others: "Columns | None" = None) -> Tensor:
+    def gram(self, q: Stack | None = None, others: "Columns | None" = None) -> Tensor:
         """V^T q V (m, m), summed over the k matrices; q (k, n_out, n_in) is diagonal, None is the identity.
 
         `others` are columns of the same rows that stand on the right.
@@ -104,25 +124,29 @@ class Columns:
             total += torch.bmm(V if q is None else V * self._take(q, part), W.mT).sum(0)
         return total
 
-    def measure(self, p: Tensor, lam: Tensor, G: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
-        """V^T q V (m, m) and V^T q G (m,) for q = p / (1 + lam p), and rowsum V o V into `squares`, in one pass.
+    def measure(self, p: Stack, lam: Tensor, G: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+        """V^T q V (m, m) and V^T q G (m,) for q = p / (1 + lam p), and `squares`, in one pass.
 
         Args:
-            p, G, squares: (k, n_out, n_in); squares is added to.
+            p, G: (k, n_out, n_in).
+            squares: likewise, added to.
             lam: (k, 1, 1).
         """
         m = self.count
         gram = self.e.new_zeros(m + 1, m + 1)
-        q = p / (1 + lam * p)
-        root = q.sqrt()
-        rootG = root * G
         for part, V in self._chunks(extra=1):
             # One buffer, which stays in the cache: G stands beside V, so that one product serves both.
-            V[:, :m] *= self._take(root, part)
-            V[:, m:] = self._take(rootG, part)
-            gram += torch.bmm(V, V.mT).sum(0) if len(V) > 1 else V[0] @ V[0].mT
-            V = V[:, :m]
-            self._put(squares, part, torch.mul(V, V, out=V).sum(1, keepdim=True).div_(self._take(q, part)))
+            prior = self._take(p, part)
+            q = prior / (1 + lam[part[0]] * prior)
+            root = q.sqrt()
+            columns, last = V.split_with_sizes((m, 1), 1)
+            columns.mul_(root)
+            torch.mul(self._take(G, part), root, out=last)
+            gram += products(V)
+            if not self.square_by_rows:
+                self._put(squares, part, columns.mul_(columns).sum(1, keepdim=True).div_(q))
+        if self.square_by_rows:
+            squares += self.squares(squares)
         return gram[:m, :m], gram[:m, m]
 
     def lengths(self, q: Tensor) -> Tensor:
@@ -132,8 +156,13 @@ class Columns:
             total += (V.square() @ self._take(q, part).mT).sum((0, 2))
         return total
 
+    @property
+    def square_by_rows(self) -> bool:
+        """Whether the squares need no column as a whole."""
+        return False
+
     def squares(self, like: Tensor) -> Tensor:
-        """rowsum V o V, in the shape of `like` (k, n_out, n_in)."""
+        """rowsum V o V, or what stands for it where rows are apart, in the shape of `like` (k, n_out, n_in)."""
         out = torch.zeros_like(like)
         for part, V in self._chunks():
             self._put(out, part, V.mul_(V).sum(1))
@@ -156,12 +185,13 @@ class DenseColumns(Columns):
     [[3.0, 6.0], [6.0, 12.0]]
     """
 
-    def __init__(self, x: Tensor, e: Tensor) -> None:
-        self.x, self.e = x, e
+    def __init__(self, x: Tensor, e: Tensor, apart: bool = False) -> None:
+        self.x, self.e, self.apart = x, e, apart
 
     def zeros(self, count: int) -> "DenseColumns":
         k, _, _, n_in = self.x.shape
-        return DenseColumns(self.x.new_zeros(k, count, 1, n_in), self.e.new_zeros(k, count, 1, self.e.shape[-1]))
+        x, e = self.x.new_zeros(k, count, 1, n_in), self.e.new_zeros(k, count, 1, self.e.shape[-1])
+        return DenseColumns(x, e, self.apart)
 
     @property
     def single(self) -> bool:
@@ -176,7 +206,7 @@ class DenseColumns(Columns):
         x, e = ([getattr(part, name) for part in parts] for name in ("x", "e"))
         if axis == 1:
             x, e = [longer(rows, most, 2) for rows in x], [longer(rows, most, 2) for rows in e]
-        return cls(torch.cat(x, axis), torch.cat(e, axis))
+        return cls(torch.cat(x, axis), torch.cat(e, axis), all(part.apart for part in parts))
 
     def _width(self) -> int:
         return self.x.shape[-1]
@@ -200,9 +230,13 @@ class DenseColumns(Columns):
         """V^T G (m,)."""
         return torch.bmm(self.e.flatten(1, 2), G).mul_(self.x.flatten(1, 2)).sum((0, 2)).view(self.count, -1).sum(1)
 
+    @property
+    def square_by_rows(self) -> bool:
+        return self.single or self.apart
+
     def squares(self, like: Tensor) -> Tensor:
-        if self.single:  # (e x)^2 = e^2 x^2: one product
-            return self.e.squeeze(2).square().mT @ self.x.squeeze(2).square()
+        if self.square_by_rows:  # (e x)^2 = e^2 x^2: one product
+            return self.e.flatten(1, 2).square().mT @ self.x.flatten(1, 2).square()
         return super().squares(like)
 
     def transformed(self, A: Tensor, B: Tensor) -> "DenseColumns":
@@ -301,3 +335,14 @@ def longer(rows: Tensor, count: int, axis: int) -> Tensor:
     """
     missing = count - rows.shape[axis]
     return rows if missing == 0 else pad(rows, [0, 0] * (rows.ndim - axis - 1) + [0, missing])
+
+
+def products(V: Tensor) -> Tensor:
+    """sum over k of V_k V_k^T, for a few long rows: (k, m, n) -> (m, m)."""
+    if len(V) > 1:
+        return torch.bmm(V, V.mT).sum(0)
+    # On a processor the product of some sixteen to forty long rows takes three times as long as that of eight by eight.
+    rows = V[0]
+    if not 16 <= len(rows) < 48:
+        return rows @ rows.mT
+    return torch.cat([part @ rows.mT for part in rows.split(8)])

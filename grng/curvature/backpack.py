@@ -77,8 +77,8 @@ class BackpackEngine(HooksEngine):
         self._backpack, self._context = backpack, CTX
         self.capture = capture
         self.handles: list[Any] = []
-        self._parameters = list(model.parameters())
         self._by_module = {layer.module: layer for layer in capture.layers if not layer.plain}
+        self._parameters = list(model.parameters())
         self._extended: list[nn.Module] = []
         self._found: list[Pair] | None = None
         self._switch = ExitStack()
@@ -134,7 +134,7 @@ class BackpackEngine(HooksEngine):
     ) -> Iterator[Pair]:
         # BackPACK's module hooks run only where the pass goes through the module, down to its input: ask for the
         # gradients of all parameters, also of those below that somebody else trains.
-        weights = [p for p in self._parameters if p.requires_grad]
+        weights = self._reached()
         before, self._current, self._found = self._current, current, []
         try:
             with self._active(self._extension, retain_graph=True):
@@ -144,6 +144,15 @@ class BackpackEngine(HooksEngine):
             yield from alone(plain, [gradients[layer.owner] for layer in plain])
         finally:
             self._current, self._found = before, None
+
+    def _reached(self) -> list[nn.Parameter]:
+        """What a nested pass asks for: of a layer with a bias the bias, whose gradient costs a sum."""
+        spared = {
+            id(module.weight)
+            for module in self._by_module
+            if isinstance(getattr(module, "bias", None), nn.Parameter) and module.bias.requires_grad
+        }
+        return [p for p in self._parameters if p.requires_grad and id(p) not in spared]
 
     @contextmanager
     def _active(self, *extensions: Any, **settings: Any) -> Iterator[None]:

@@ -83,7 +83,8 @@ class DenseStatistics:
     def columns(self, groups: int | None = None) -> DenseColumns:
         if groups is None:
             return DenseColumns(self.x, self.e)
-        return DenseColumns(*(by_group(rows, groups, self.offset) for rows in (self.x, self.e)))
+        x, e = (by_group(rows, groups, self.offset) for rows in (self.x, self.e))
+        return DenseColumns(x, e, apart=self.drawn and self.x.shape[2] == 1)
 
     def reduced(self) -> "DenseStatistics":
         if self.x.shape[2] == 1:

@@ -1,13 +1,23 @@
 """What the Kalman filter believes about one group of matrices: three forms of covariance, with one interface."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from grng.kernels import DenseColumns, eigh, propagate_fd, propagate_kron_, propagate_vd, semidefinite_root
+from grng.kernels import (
+    DenseColumns,
+    Part,
+    eigh,
+    pieces,
+    propagate_fd,
+    propagate_kron_,
+    propagate_vd,
+    semidefinite_root,
+)
 
+EVERYTHING: Part = (slice(None), slice(None))
 Parts = Sequence[tuple[slice, Any]]  # which matrices of the group, and what a batch says about them
 
 
@@ -56,13 +66,30 @@ def _residual(parts: Parts, z: Tensor, g: Tensor, N: Tensor) -> Tensor:
         return parts[0][1].combine(z).addcmul_(g, N)
     out = N * g
     for slots, columns in parts:
-        out[slots] += columns.combine(z)
+        out[slots].add_(columns.combine(z))
     return out
 
 
 def added(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
     """Sums of V^T q V and of V^T q g; None of nothing."""
     return (torch.stack([a for a, _ in pairs]).sum(0), torch.stack([b for _, b in pairs]).sum(0)) if pairs else None
+
+
+class Predicted:
+    """p_pred = min(growth p + noise, cap), part by part: it is never held."""
+
+    def __init__(self, p: Tensor, growth: float, noise: float, cap: Tensor) -> None:
+        self.p, self.growth, self.noise, self.cap = p, growth, noise, cap
+
+    def __getitem__(self, part: Part) -> Tensor:
+        found = self.p[part] * self.growth
+        if self.noise:
+            found += self.noise
+        return torch.minimum(found, self.cap[part[0]], out=found)
+
+    def of(self, slots: slice) -> "Predicted":
+        """Of these matrices."""
+        return Predicted(self.p[slots], self.growth, self.noise, self.cap[slots])
 
 
 class Diagonal:
@@ -73,48 +100,55 @@ class Diagonal:
 
     def __init__(self, p: Tensor, projection: str) -> None:
         self.p, self.projection = p, projection
-        self._prior, self._lam = p, p
-        self._squares: Tensor | None = None
+        self.predict(1.0, 0.0, p.new_full(p.shape[:1], torch.inf))
 
     def begin(self, first: Tensor, p0: Tensor) -> None:
         self.p.copy_(torch.where(first.view(-1, 1, 1), p0, self.p))
 
     def predict(self, growth: float, noise: float, cap: Tensor) -> None:
-        self._prior = self.p * growth
-        if noise:
-            self._prior += noise
-        torch.minimum(self._prior, cap.view(-1, 1, 1), out=self._prior)
-        self._squares = None
+        self._prior = Predicted(self.p, growth, noise, cap.view(-1, 1, 1))
+        self._squares: Tensor | None = None
+
+    def _pieces(self) -> Iterator[Part]:
+        k, n_out, n_in = self.p.shape
+        return pieces(k, n_out, 2 * n_in, self.p.device)
 
     def measure(self, parts: Parts, lam: Tensor, g: Tensor) -> tuple[Tensor, Tensor] | None:
         self._lam, self._squares = lam, torch.zeros_like(self.p)
         squares = self._squares
-        return added([c.measure(self._prior[s], lam[s], g[s], squares[s]) for s, c in parts])
+        return added([c.measure(self._prior.of(s), lam[s], g[s], squares[s]) for s, c in parts])
 
     def direction(self, parts: Parts, z: Tensor, g: Tensor, N: Tensor) -> Tensor:
-        damped = (self._lam * self._prior).add_(1)
-        return _residual(parts, z, g, N).mul_(self._prior).div_(damped)
+        out = _residual(parts, z, g, N)
+        for part in self._pieces():
+            prior = self._prior[part]
+            out[part].mul_(prior).div_((self._lam[part[0]] * prior).add_(1))
+        return out
 
     def prior_gram(self, parts: Parts) -> Tensor | None:
         if self.projection == "vd":
             return None
-        grams = [columns.gram(self._prior[slots]) for slots, columns in parts]
+        grams = [columns.gram(self._prior.of(slots)) for slots, columns in parts]
         return torch.stack(grams).sum(0) if grams else None
 
     def commit(self, parts: Parts, root: Tensor | None, valid: Tensor) -> None:
-        squares = self._squares
+        squares, whitened = self._squares, None
         if squares is None:  # no gradient asked for a direction
             squares = torch.zeros_like(self.p)
             for slots, columns in parts:
                 squares[slots] = columns.squares(squares[slots])
-        if root is None:
-            new = propagate_vd(self._prior, squares)
-        else:
+        if root is not None:
             whitened = torch.zeros_like(self.p)
             for slots, columns in parts:
                 whitened[slots] = columns.whitened_squares(root, whitened[slots])
-            new = propagate_fd(self._prior, whitened, squares)
-        torch.where(valid, new, self.p, out=self.p)
+        for part in self._pieces():
+            prior = self._prior[part]
+            if whitened is None:
+                new = propagate_vd(prior, squares[part])
+            else:
+                new = propagate_fd(prior, whitened[part], squares[part])
+            p = self.p[part]
+            torch.where(valid, new, p, out=p)
 
     def variance(self) -> Tensor:
         return self.p
@@ -135,14 +169,16 @@ class Separate(Diagonal):
         return None
 
     def direction(self, parts: Parts, z: Tensor, g: Tensor, N: Tensor) -> Tensor:
-        q = propagate_vd(self._prior / (1 + self._lam * self._prior), self._information(parts))
+        prior = self._prior[EVERYTHING]
+        q = propagate_vd(prior / (1 + self._lam * prior), self._information(parts))
         return -q * N.to(g.dtype) * g
 
     def prior_gram(self, parts: Parts) -> Tensor | None:
         return None
 
     def commit(self, parts: Parts, root: Tensor | None, valid: Tensor) -> None:
-        torch.where(valid, propagate_vd(self._prior, self._information(parts)), self.p, out=self.p)
+        new = propagate_vd(self._prior[EVERYTHING], self._information(parts))
+        torch.where(valid, new, self.p, out=self.p)
 
     def _information(self, parts: Parts) -> Tensor:
         total = torch.zeros_like(self.p)

@@ -52,8 +52,9 @@ class Kalman(Preconditioner):
             column for every sample and drawn label; `"auto"`: grouped for `"diag"`, sample for `"kron"` and where the
             labels are not drawn. With Curvature(fisher="exact") V is exact, one column for every sample and output.
         groups: m.
-        projection: of the diagonal: `"vd"`, p = 1/(1/p + rowsum V^2), or `"fd"`, the diagonal of the exact posterior
-            covariance. The Kronecker product is projected by one round of its KL divergence.
+        projection: of the diagonal: `"vd"`, p = 1/(1/p + rowsum V^2), the square of a grouped column taken sample by
+            sample where a layer is used at one position (the same in expectation), or `"fd"`, the diagonal of the exact
+            posterior covariance. The Kronecker product is projected by one round of its KL divergence.
         gain: for `"kron"`, how lam_K enters the prior: `"trace"`, q = P / (1 + lam_K tr(P)/d), or `"exact"`, which
             takes two eigendecompositions a step.
         penalty: `"ring"`: lam_K as above; `"fading"`: the filter's own sum of what each step adds, B lam, forgotten as
@@ -161,6 +162,7 @@ class Kalman(Preconditioner):
             whose, drawn = (layer.group, layer.slots.start), statistics.drawn and self.config.fisher == "mc"
             groups, grouped = 1 if drawn else None, drawn
         columns = statistics.columns(groups)
+        columns.apart = columns.apart and self.projection == "vd"  # fd's two terms are of one V
         key = *whose, statistics.draw, -1 if grouped else statistics.offset
         self._widths[key] = columns.count
         self._seen.setdefault(layer, {}).setdefault(key, []).append(columns)

@@ -87,7 +87,7 @@ def alike(model: nn.Module, x: Tensor) -> Tensor:
     """Inputs with the predictions of the first: they differ in the null space of the (linear) model."""
     J = jacrev(lambda v: model(v[None])[0])(x[0]).flatten(1)
     null = torch.linalg.svd(J)[2][J.shape[0] :]
-    return x[0] + (torch.randn(len(x), len(null)) @ null).view_as(x)
+    return (x[0] + (torch.randn(len(x), len(null)) @ null).view_as(x)).detach()
 
 
 @BATCHES

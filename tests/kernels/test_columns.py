@@ -10,14 +10,17 @@ from torch import Tensor
 # k matrices, m columns, R rows a column, n_in, n_out
 SHAPES = pytest.mark.parametrize(
     ("k", "m", "R", "n_in", "n_out"),
-    [(1, 1, 1, 1, 1), (1, 5, 1, 4, 3), (3, 4, 1, 2, 5), (1, 3, 4, 5, 2), (2, 7, 2, 3, 6), (2, 2, 9, 4, 1)],
+    [
+        *[(1, 1, 1, 1, 1), (1, 5, 1, 4, 3), (3, 4, 1, 2, 5), (1, 3, 4, 5, 2), (2, 7, 2, 3, 6), (2, 2, 9, 4, 1)],
+        *[(1, 15, 2, 4, 3), (1, 21, 2, 3, 4), (2, 40, 1, 2, 3), (1, 50, 1, 3, 2)],
+    ],
 )
 CHUNKS = pytest.mark.parametrize("elements", [1, 37, 2**18])
 
 
 @pytest.fixture
 def chunked(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["grng.kernels.columns"], "CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(sys.modules["grng.kernels.columns"], "CACHED", elements)
 
 
 def written_out(x: Tensor, e: Tensor) -> Tensor:
@@ -144,9 +147,30 @@ def test_groups(B: int, groups: int, offset: int) -> None:
     assert columns.e.shape[1] == groups
 
 
+@pytest.mark.parametrize("R", [1, 2, 3])
+@CHUNKS
+@pytest.mark.usefixtures("chunked")
+def test_rows_that_are_apart(R: int) -> None:
+    """Their own squares are what the squares of columns come to in the mean over the rows' signs."""
+    x, e = torch.randn(2, 2, R, 4), torch.randn(2, 2, R, 3)
+    like = torch.zeros(2, 3, 4)
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * R).view(-1, R, 1)
+    mean = torch.stack([DenseColumns(x, sign * e).squares(like) for sign in signs]).mean(0)
+    apart = DenseColumns(x, e, apart=True)
+    torch.testing.assert_close(apart.squares(like), mean)
+    squares = torch.zeros_like(like)
+    q, G = torch.rand(like.shape), torch.randn(like.shape)
+    found = apart.measure(q, torch.ones(2, 1, 1), G, squares)
+    torch.testing.assert_close(squares, mean)
+    torch.testing.assert_close(found, DenseColumns(x, e).measure(q, torch.ones(2, 1, 1), G, squares))
+    for axis, other in ((0, apart), (1, apart.zeros(2)), (2, apart)):
+        assert DenseColumns.joined([apart, other], axis).apart
+        assert not DenseColumns.joined([apart, DenseColumns(x, e)], axis).apart
+
+
 def test_no_more_than_a_chunk_is_formed(monkeypatch: pytest.MonkeyPatch) -> None:
     """V has 4 * 64 * 32 elements; of none of the passes over it more than a chunk is in memory."""
-    monkeypatch.setattr(sys.modules["grng.kernels.columns"], "CHUNK_ELEMENTS", 4 * 32 * 8)
+    monkeypatch.setattr(sys.modules["grng.kernels.columns"], "CACHED", 4 * 32 * 8)
     columns, V = dense(1, 4, 2, 32, 64)
     q, G = torch.rand(V.shape[1:]), torch.randn(V.shape[1:])
     largest = 0

@@ -553,3 +553,37 @@ def test_columns_of_a_layer_that_does_not_see_the_samples(fisher: Any, own: int)
         "place": (own, shared + own),
         "head": (shared, shared + own),
     }
+
+
+class Watched(Kalman):
+    """Keeps the rows of the last step."""
+
+    def observe(self, layer: Any, statistics: Any) -> None:
+        self.rows = statistics.x, statistics.e
+        super().observe(layer, statistics)
+
+
+@pytest.mark.parametrize("B", [3, 7, 16])
+@pytest.mark.parametrize("projection", ["vd", "fd"])
+@pytest.mark.parametrize("T", [1, 2])
+def test_squares_of_grouped_columns(B: int, projection: Any, T: int) -> None:
+    """By sample where a layer is used at one position and vd asks for no more; of the groups' sums otherwise."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3).double()
+    model = layer if T == 1 else nn.Sequential(layer, nn.AdaptiveAvgPool2d((1, 3)), nn.Flatten())
+    x = torch.randn(B, 4) if T == 1 else torch.randn(B, T, 4)
+    p0 = 0.3
+    filter_ = Watched(p0=p0, gamma=0.0, groups=2, projection=projection)
+    optimizer = GRNG(model, "kalman", rho=0.0, preconditioner=filter_)
+    cross_entropy(model(x.double()), torch.arange(B) % 3).backward()
+    optimizer.step()
+    x, e = filter_.rows
+    of_samples = torch.einsum("kbto,kbti->kboi", e, x)[0]
+    of_groups = torch.stack([of_samples[g::2].sum(0) for g in range(2)])
+    V = of_groups.flatten(1)
+    if projection == "fd":
+        expected = torch.linalg.inv(torch.eye(V.shape[1]) / p0 + V.T @ V).diagonal().view(of_groups[0].shape)
+    else:
+        squares = (of_samples if T == 1 else of_groups).square().sum(0)
+        expected = 1 / (1 / p0 + squares)
+    torch.testing.assert_close(filter_.variance()[0][0], expected)
