@@ -208,7 +208,8 @@ def drawn_labels(optimizer: GRNG) -> list[Tensor]:
 @pytest.mark.parametrize(("gamma", "p_max"), [(0.0, 1.0), (0.1, 1.0), (0.1, 20.0)])
 @pytest.mark.parametrize("projection", ["vd", "fd"])
 def test_kalman_first_steps(projection: Any, gamma: float, p_max: float, rho: float) -> None:
-    """theta += -(diag(1/q) + V V^T)^{-1} gs with V made of the labels that were drawn, two steps."""
+    """theta += -(diag(1/q) + V V^T)^{-1} gs with V made of the labels that were drawn, two steps; what vd adds to 1/p is
+    the squares of the samples."""
     model, groups, p0 = mlp(5, 4, 3), 3, 0.05
     p = torch.full_like(vector(model), p0)
     filter_ = Kalman(p0=p0, gamma=gamma, groups=groups, projection=projection, p_max=p_max)
@@ -227,7 +228,8 @@ def test_kalman_first_steps(projection: Any, gamma: float, p_max: float, rho: fl
             expected = -torch.linalg.solve(torch.diag(1 / prior + lam) + V.T @ V, 12 * mean)
             assert relative(moved, expected) < 1e-10
             precision = torch.diag(1 / prior) + V.T @ V
-            p = 1 / precision.diagonal() if projection == "vd" else torch.linalg.inv(precision).diagonal()
+            squares = as_vector([b.e.square().T @ b.x.square() for b in drawn])
+            p = 1 / (1 / prior + squares) if projection == "vd" else torch.linalg.inv(precision).diagonal()
 
 
 def test_kalman_prior_of_the_first_batch() -> None:
