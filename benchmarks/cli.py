@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from .compare import compare
 from .config import CompareConfig, parse_settings, read_recipe
+from .data import VALID
 from .errors import InputError, MissingExtra, check_extra
 from .names import merge
 from .progress import default_reporter
@@ -118,7 +119,7 @@ def add_kalman(app: "typer.Typer") -> None:
     """The commands behind the figures of docs/kalman.md."""
     import typer
 
-    from . import robustness, step_cost, stream, uci
+    from . import robustness, shift, step_cost, stream, uci
 
     out_help = "The folder that results are written to; what is finished there is not run again."
 
@@ -139,6 +140,22 @@ def add_kalman(app: "typer.Typer") -> None:
             typer.echo(f"grng uci: error: {error}", err=True)
             raise typer.Exit(2) from None
         typer.echo(table)
+
+    @app.command("shift")
+    def shift_command(
+        data: Annotated[str, typer.Option(help=f"What is learnt: {VALID}.")],
+        other: Annotated[str, typer.Option(help="What is to be recognised as foreign, of the same shape.")],
+        methods: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(shift.METHODS),
+        epochs: Annotated[int, typer.Option(min=1)] = 5,
+        seeds: Annotated[int, typer.Option(min=1)] = 3,
+        out: Annotated[Path, typer.Option(help=out_help)] = Path("results/kalman-shift"),
+    ) -> None:
+        """Calibration on one data set, and whether another is recognised as foreign."""
+        try:
+            typer.echo(shift.shift(data, other, out, names_in([methods]), epochs, seeds, typer.echo))
+        except InputError as error:
+            typer.echo(f"grng shift: error: {error}", err=True)
+            raise typer.Exit(2) from None
 
     @app.command("stream")
     def stream_command(

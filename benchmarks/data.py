@@ -73,21 +73,31 @@ def hold_out(data: Dataset) -> Dataset:
 
 def load_data(source: str) -> Dataset:
     """Load `source`: "digits", or the path of a folder (or .npz file); raise InputError for anything malformed."""
+    return prepare(*read(source))
+
+
+def load_shifted(source: str, other: str) -> Dataset:
+    """The training set of one source with the test images of another, standardised as the former's own would be."""
+    (name, arrays), (other_name, others) = read(source), read(other)
+    foreign = {key: others[key] for key in ("x_test", "y_test")}
+    return prepare(f"{name} against {other_name}", {**arrays, **foreign})
+
+
+def read(source: str) -> tuple[str, dict[str, Any]]:
+    """Name and raw arrays of a source."""
     if source == "digits":
-        return prepare("digits", digits())
+        return "digits", digits()
     path = Path(source).expanduser()
     if not path.exists():
         raise InputError(f"no data at {source!r}: give {VALID}")
     if path.is_file():
         if path.suffix != ".npz":
             raise InputError(f"{path} is not a folder: give {VALID}")
-        return prepare(path.stem, read_npz(path))
+        return path.stem, read_npz(path)
     archives = sorted(path.glob("*.npz"))
     if len(archives) > 1:
         raise InputError(f"{path} holds {len(archives)} .npz files: keep one, or give the path of the file")
-    if archives:
-        return prepare(path.resolve().name, read_npz(archives[0]))
-    return prepare(path.resolve().name, read_idx_folder(path))
+    return path.resolve().name, read_npz(archives[0]) if archives else read_idx_folder(path)
 
 
 def digits() -> dict[str, Any]:

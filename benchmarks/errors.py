@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-EXTRA = ("numpy", "typer", "rich", "matplotlib", "jinja2", "sklearn")
+EXTRA = ("numpy", "typer", "rich", "matplotlib", "jinja2", "sklearn", "torchmetrics")
 
 
 class InputError(ValueError):

@@ -230,6 +230,12 @@ class DenseColumns(Columns):
         """V^T G (m,)."""
         return torch.bmm(self.e.flatten(1, 2), G).mul_(self.x.flatten(1, 2)).sum((0, 2)).view(self.count, -1).sum(1)
 
+    def lengths(self, q: Tensor) -> Tensor:
+        if not self.single:
+            return super().lengths(q)
+        x, e = self.x.squeeze(2).square(), self.e.squeeze(2).square()
+        return (torch.bmm(e, q) * x).sum((0, 2))
+
     @property
     def square_by_rows(self) -> bool:
         return self.single or self.apart

@@ -208,7 +208,7 @@ def drawn_labels(optimizer: GRNG) -> list[Tensor]:
 @pytest.mark.parametrize(("gamma", "p_max"), [(0.0, 1.0), (0.1, 1.0), (0.1, 20.0)])
 @pytest.mark.parametrize("projection", ["vd", "fd"])
 def test_kalman_first_steps(projection: Any, gamma: float, p_max: float, rho: float) -> None:
-    """theta += -(diag(1/q) + V V^T)^{-1} gs with V made of the labels that were drawn, two steps; what vd adds to 1/p is
+    """theta += -(diag(1/q) + V V^T)^{-1} gs with V made of the labels that were drawn, two steps; vd adds to 1/p
     the squares of the samples."""
     model, groups, p0 = mlp(5, 4, 3), 3, 0.05
     p = torch.full_like(vector(model), p0)
