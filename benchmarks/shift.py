@@ -125,8 +125,8 @@ def fit_kalman(job: Job, covariance: str, gamma: float, rho: Any) -> dict[str, P
     return {f"temperature {t:g}": at(t) for t in TEMPERATURES["covariance"]}
 
 
-ADAMW = {"lr": [1e-3, 3e-3], "weight_decay": [1e-2, 1e-1]}
-KALMAN = {"gamma": [0.01, 0.03], "rho": [0.0, "auto"]}
+ADAMW: Mapping[str, Sequence[Any]] = {"lr": [1e-3, 3e-3], "weight_decay": [1e-2, 1e-1]}
+KALMAN: Mapping[str, Sequence[Any]] = {"gamma": [0.01, 0.03], "rho": [0.0, "auto"]}
 METHODS: Mapping[str, Method] = {
     "adamw": Method(fit_adamw, ADAMW),
     "laplace": Method(fit_laplace, ADAMW),

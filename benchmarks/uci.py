@@ -37,7 +37,7 @@ BATCHES = ((2000, 64), (math.inf, 128))  # up to so many samples, batches of tha
 class Method:
     """How a network is trained, and the settings that are tried."""
 
-    fit: Callable[..., Predict]
+    fit: Callable[..., Any]  # to what predicts
     grid: Mapping[str, Sequence[Any]]
     certain: bool = False  # whether it has no variance of its own
 
@@ -233,7 +233,7 @@ def _choose(method: Method, folds: Sequence[Split], hidden: int, epochs: int) ->
         if not all(bool((mean + variance).isfinite().all()) and math.isfinite(r) for (mean, variance, r), _ in runs):
             continue
         for density in densities:
-            score = fmean(density.score(*fitted, y) for fitted, y in runs)
+            score = fmean(density.score(mean, variance, residual, y) for (mean, variance, residual), y in runs)
             if best is None or score > best[2]:
                 best = settings, density, score
     if best is None:

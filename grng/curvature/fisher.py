@@ -115,8 +115,10 @@ class FisherReader:
             self._loss_scale = torch.where(trusted, reading.predictions / reading.normaliser, known)
             reading.normaliser = reading.predictions / self._loss_scale
         if isinstance(likelihood, Gaussian):
-            e = likelihood.residuals(gradient, reading.normaliser)
-            self.noise.observe(e, (e != 0).any(-1, keepdim=True))
+            self.noise.begin(gradient)
+            if self.noise.estimated:
+                e = likelihood.residuals(gradient, reading.normaliser)
+                self.noise.observe(e, (e != 0).any(-1, keepdim=True))
             reading.normaliser = reading.normaliser * self.noise.information()
         return reading
 

@@ -56,12 +56,13 @@ class Noise:
         """Whether the gradient at the output is changed."""
         return self.kind in ("diagonal", "full")
 
+    def begin(self, like: Tensor) -> None:
+        """Put a fixed R where the outputs are."""
+        if self.value is None and not self.estimated:
+            self.value = like.new_tensor(self._fixed)
+
     def observe(self, residuals: Tensor, valid: Tensor) -> None:
-        """Take the residuals (n, C) of one backward pass; valid (n, 1)."""
-        if not self.estimated:
-            if self.value is None:
-                self.value = residuals.new_tensor(self._fixed)
-            return
+        """Take the residuals (n, C) of one backward pass, where R is estimated; valid (n, 1)."""
         if self.kind == "scalar":
             total = residuals.square().mean(-1).sum()
         else:

@@ -48,12 +48,19 @@ class Statistics(Protocol):
         """One row a sample: inputs averaged, output gradients summed over the positions."""
 
 
-class DenseStatistics:
+class Origin:
+    """Where the rows of statistics come from; whoever delivers them sets what differs."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples, self.offset, self.draw, self.drawn, self.aligned = samples, 0, 0, True, True
+
+
+class DenseStatistics(Origin):
     """Statistics of a linear map: x (k, B, T, n_in), e (k, B, T, n_out)."""
 
     def __init__(self, x: Tensor, e: Tensor) -> None:
+        super().__init__(x.shape[1])
         self.x, self.e = x, e
-        self.samples, self.offset, self.draw, self.drawn, self.aligned = x.shape[1], 0, 0, True, True
 
     @cached_property
     def _counts(self) -> Tensor:
@@ -94,12 +101,12 @@ class DenseStatistics:
         return DenseStatistics(mean, self.e.sum(2, keepdim=True))
 
 
-class IndexStatistics:
+class IndexStatistics(Origin):
     """Statistics of an embedding: its inputs are one-hot, index (B, T), e (B, T, n_out); x is never formed."""
 
     def __init__(self, index: Tensor, e: Tensor, n_in: int) -> None:
+        super().__init__(index.shape[0])
         self.index, self.e, self.n_in = index, e, n_in
-        self.samples, self.offset, self.draw, self.drawn, self.aligned = index.shape[0], 0, 0, True, True
 
     @cached_property
     def _counts(self) -> Tensor:
@@ -143,7 +150,7 @@ class IndexStatistics:
         return self  # an average of one-hot rows is not one-hot: embeddings are always expanded
 
 
-class SummedStatistics:
+class SummedStatistics(Origin):
     """Statistics of a parameter without geometry: its gradient (1, 1, n) summed over a batch with drawn labels.
 
     The samples' gradients are independent and of mean zero, so that the square of their sum, over all micro-batches of
@@ -151,8 +158,8 @@ class SummedStatistics:
     """
 
     def __init__(self, gradient: Tensor, samples: int) -> None:
+        super().__init__(samples)
         self._gradient = gradient
-        self.samples, self.offset, self.draw, self.drawn, self.aligned = samples, 0, 0, True, True
 
     def gradient(self) -> Tensor:
         """(1, 1, n)."""

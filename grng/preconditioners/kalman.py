@@ -121,15 +121,17 @@ class Kalman(Preconditioner):
 
     def allocate(self) -> None:
         start = self.p0 or 0.0  # zero: not settled yet
-        kron = [self.covariance == "kron" and not (group.indexed or group.plain) for group in self.groups]
-        of = dict(zip(map(id, self.groups), kron, strict=True))
-        self.p = self.buffer("p", lambda g: (0, 0) if of[id(g)] else (g.n_out, g.n_in), start)
+
+        def structured(group: Group) -> bool:
+            return self.covariance == "kron" and not (group.indexed or group.plain)
+
+        self.p = self.buffer("p", lambda g: (0, 0) if structured(g) else (g.n_out, g.n_in), start)
         self._covariances: list[Covariance] = []
-        if any(kron):
-            self.P_out = self.buffer("P_out", lambda g: (g.n_out, g.n_out) if of[id(g)] else (0, 0))
-            self.P_in = self.buffer("P_in", lambda g: (g.n_in, g.n_in) if of[id(g)] else (0, 0))
-        for i, (group, structured) in enumerate(zip(self.groups, kron, strict=True)):
-            if structured:
+        if any(map(structured, self.groups)):
+            self.P_out = self.buffer("P_out", lambda g: (g.n_out, g.n_out) if structured(g) else (0, 0))
+            self.P_in = self.buffer("P_in", lambda g: (g.n_in, g.n_in) if structured(g) else (0, 0))
+        for i, group in enumerate(self.groups):
+            if structured(group):
                 self._covariances.append(Kronecker(self.P_out.values[i], self.P_in.values[i], self.gain))
             else:
                 kind = Separate if group.plain else Diagonal

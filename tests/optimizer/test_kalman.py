@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from grng import GRNG, Curvature
 from grng.preconditioners import Kalman
 
-from .cases import mlp, relative, stream, train, vector
+from .cases import Positions, mlp, relative, stream, train, vector
 
 NOISE = 0.3
 
@@ -334,14 +334,6 @@ def test_sampled_columns_are_unbiased(columns: Any, draws: int) -> None:
 def test_a_layer_that_does_not_see_the_samples() -> None:
     """A position embedding is looked up once for the whole batch: a column of its own, unbiased, any V."""
 
-    class Positions(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.place, self.head = nn.Embedding(3, 4), nn.Linear(4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(torch.tanh(x + self.place(torch.arange(3)))).mean(1)
-
     x, y = torch.randn(5, 3, 4).double(), torch.randint(3, (5,))
     for settings in ({}, {"columns": "sample"}, {"covariance": "kron"}):
         torch.manual_seed(0)
@@ -525,14 +517,6 @@ def test_bare_parameters_under_exact_columns() -> None:
 @pytest.mark.parametrize(("fisher", "own"), [("mc", 1), ("exact", 3 * 3)])
 def test_columns_of_a_layer_that_does_not_see_the_samples(fisher: Any, own: int) -> None:
     """With drawn labels one column, the sum over the batch; otherwise its own rows in place of samples."""
-
-    class Positions(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.place, self.head = nn.Embedding(3, 4), nn.Linear(4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(torch.tanh(x + self.place(torch.arange(3)))).mean(1)
 
     torch.manual_seed(0)
     model, filter_ = Positions().double(), Kalman(p0=0.05, columns="sample")

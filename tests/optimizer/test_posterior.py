@@ -11,7 +11,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from grng import GRNG, Curvature
 from grng.preconditioners import Kalman
 
-from .cases import cnn, mlp, relative, stream, train, vector
+from .cases import Positions, cnn, mlp, relative, stream, train, vector
 from .test_kalman import Mixed, mixed_model
 
 COVARIANCES = pytest.mark.parametrize("covariance", ["diag", "kron"])
@@ -257,15 +257,6 @@ def test_farther_is_less_certain() -> None:
         assert float(outside) > 3 * float(inside)
 
 
-class Unaligned(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.place, self.head = nn.Embedding(3, 4), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(x + self.place(torch.arange(3)))).mean(1)
-
-
 def test_refusals() -> None:
     """Errors say what is missing and what to do."""
     _, optimizer = trained()
@@ -283,7 +274,7 @@ def test_refusals() -> None:
         _ = optimizer.posterior
     with GRNG(mlp(4, 3), "ring") as ring, pytest.raises(TypeError, match="keeps no posterior: variant 'kalman' does"):
         _ = ring.posterior
-    unaligned = Unaligned().double()
+    unaligned = Positions().double()
     x = torch.randn(5, 3, 4).double()
     with GRNG(unaligned, "kalman") as optimizer:
         train(optimizer, unaligned, [(x, torch.randint(3, (5,)))])
