@@ -2,5 +2,8 @@
 
 from .adan import Adan
 from .factory import OPTIMIZERS, Entry, make_optimizer, parts_of
+from .muon import Muon
+from .soap import SOAP
+from .sophia import SophiaG, SophiaH
 
-__all__ = ["OPTIMIZERS", "Adan", "Entry", "make_optimizer", "parts_of"]
+__all__ = ["OPTIMIZERS", "SOAP", "Adan", "Entry", "Muon", "SophiaG", "SophiaH", "make_optimizer", "parts_of"]

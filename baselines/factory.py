@@ -1,4 +1,4 @@
-"""One spelling for every optimizer: GRNG's variants, Adan and the doors to torch.optim's own, with any regularizers.
+"""One spelling for every optimizer: GRNG's variants, the baselines and torch.optim's own, with any regularizers.
 
     make_optimizer("adamw+clip+agr", model, lr=1e-3, clip={"max_norm": 0.5})
 
@@ -21,6 +21,9 @@ from grng.regularizers import REGULARIZERS, Regularized, make_regularizers
 from grng.variants import VARIANTS
 
 from .adan import Adan
+from .muon import Muon
+from .soap import SOAP
+from .sophia import SophiaG, SophiaH
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,10 @@ OPTIMIZERS: Mapping[str, Entry] = {
     ),
     "rmsprop": Entry(partial(_torch, optim.RMSprop), "torch.optim.RMSprop", {"lr": 1e-3, "alpha": 0.99}),
     "adan": Entry(partial(_torch, Adan), "Adan", {"lr": 0.02, "weight_decay": 0.02}),
+    "sophia-g": Entry(SophiaG, "Sophia-G: labels drawn from the model", {"lr": 1e-3, "weight_decay": 0.1}),
+    "sophia-h": Entry(partial(_torch, SophiaH), "Sophia-H: Hutchinson's estimate", {"lr": 1e-3, "weight_decay": 0.1}),
+    "soap": Entry(partial(_torch, SOAP), "SOAP", {"lr": 3e-3, "weight_decay": 0.01}),
+    "muon": Entry(Muon, "torch.optim.Muon with AdamW", {"lr": 3e-3, "weight_decay": 0.01}),
 }
 
 

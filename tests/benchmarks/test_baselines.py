@@ -7,7 +7,7 @@ import pkgutil
 import grng.benchmarks
 import pytest
 import torch
-from grng.baselines import OPTIMIZERS, Adan, make_optimizer, parts_of
+from grng.baselines import OPTIMIZERS, SOAP, Adan, make_optimizer, parts_of
 from torch import nn, optim
 
 from grng.regularizers import AGR, GNP, REGULARIZERS, SAM, ClipNorm, Regularized
@@ -19,7 +19,9 @@ DIRECT = {
     "nadamw": lambda p: optim.NAdam(p, lr=3e-3, weight_decay=0.01, decoupled_weight_decay=True),
     "rmsprop": lambda p: optim.RMSprop(p, lr=1e-3, alpha=0.99),
     "adan": lambda p: Adan(p, lr=0.02, weight_decay=0.02),
+    "soap": lambda p: SOAP(p, lr=3e-3, weight_decay=0.01),
 }
+OF_A_MODEL = ("sophia-g", "sophia-h", "muon")  # tests/baselines
 VARIANTS = ("ring", "reng", "kalman", "kfac", "ekfac")
 
 
@@ -48,7 +50,7 @@ def two_steps(model: nn.Module, optimizer: optim.Optimizer) -> list[torch.Tensor
 
 
 def test_the_table_is_complete():
-    assert set(OPTIMIZERS) == {*VARIANTS, *DIRECT}
+    assert set(OPTIMIZERS) == {*VARIANTS, *DIRECT, *OF_A_MODEL}
 
 
 @pytest.mark.parametrize("name", DIRECT)
