@@ -315,6 +315,11 @@ class SophiaH(Sophia):
         self._move(measured, late=False)
         return loss
 
+    @property
+    def hessian_products(self) -> int:
+        """How many so far."""
+        return -(-self._count() // self.interval)
+
     def _drawing(self) -> Callable[[Tensor], Tensor]:
         """What draws z, from the seed and the number of steps alone, so that a resumed run needs no more."""
         generator = torch.Generator().manual_seed((self.defaults["seed"] << 32) + self._count())

@@ -207,6 +207,7 @@ def test_sophia_h(distribution: str, interval: int) -> None:
         step = (m / (0.05 * h).clamp(min=1e-12)).clamp(-1, 1)
         nn.utils.vector_to_parameters(flat(w) * (1 - 0.02 * 0.1) - 0.02 * step, w)
         assert (flat(model.parameters()) - flat(w)).abs().max() < 1e-12
+        assert optimizer.hessian_products == t // interval + 1
 
 
 def test_sophia_h_takes_a_closure() -> None:
