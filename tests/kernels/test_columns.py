@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from grng.kernels import DenseColumns, IndexColumns, by_group
+from grng.kernels.columns import products
 from torch import Tensor
 
 # k matrices, m columns, R rows a column, n_in, n_out
@@ -145,6 +146,15 @@ def test_groups(B: int, groups: int, offset: int) -> None:
         expected[(offset + b) % groups] += V
     torch.testing.assert_close(columns.dense(), expected)
     assert columns.e.shape[1] == groups
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("m", [1, 9, 12, 13, 17, 47, 48])
+@pytest.mark.parametrize("n", [10, 4095, 4096, 4101])
+def test_products(k: int, m: int, n: int) -> None:
+    """By whichever way is fastest, also of a part of a larger buffer."""
+    for V in (torch.randn(k, m, n), torch.randn(k, m + 2, n)[:, 1:-1]):
+        torch.testing.assert_close(products(V), torch.einsum("kan,kbn->ab", V, V))
 
 
 @pytest.mark.parametrize("R", [1, 2, 3])
