@@ -165,7 +165,11 @@ def add_kalman(app: "typer.Typer") -> None:
         ),
     ) -> None:
         """Digits that come one by one while the picture wanders: accuracy before learning."""
-        typer.echo(stream.stream(out, seeds, typer.echo))
+        try:
+            typer.echo(stream.stream(out, seeds, typer.echo))
+        except InputError as error:
+            typer.echo(f"grng stream: error: {error}", err=True)
+            raise typer.Exit(2) from None
 
     @app.command("step-cost")
     def step_cost_command(

@@ -100,6 +100,6 @@ def draw(path: Path, found: list[dict[str, Any]]) -> None:
             ax.set_xlabel("p0")
         for ax in axes[:, 0]:
             ax.set_ylabel("test accuracy, %")
-        axes[0][0].legend(loc="lower center")
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
         figure.savefig(path, dpi=110)
         plt.close(figure)

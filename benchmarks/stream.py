@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from .errors import InputError
 from .records import write_atomically
 from .uci import spread_of
 
@@ -48,7 +49,7 @@ def _filter(covariance: str, gamma: float) -> Make:
 
 METHODS: Mapping[str, Make] = {
     **{f"sgd, lr {lr}": _plain(torch.optim.SGD, lr) for lr in (0.03, 0.1, 0.3)},
-    **{f"adamw, lr {lr}": _plain(torch.optim.AdamW, lr) for lr in (1e-3, 3e-3, 1e-2)},
+    **{f"adamw, lr {lr}": _plain(torch.optim.AdamW, lr) for lr in (1e-3, 3e-3, 1e-2, 3e-2)},
     **{f"kalman {c}, gamma {gamma}": _filter(c, gamma) for c in ("diag", "kron") for gamma in (0.0, 1e-4, 1e-3)},
 }
 
@@ -69,17 +70,22 @@ def accuracies(make: Make, seed: int) -> list[float]:
 
 
 def stream(out: Path, seeds: int = 5, say: Callable[[str], None] = print) -> str:
-    """Run every method, and write results.json and table.md.
+    """Run every method that is not there yet, and write results.json and table.md.
 
     Returns:
         the table, Markdown.
     """
     out.mkdir(parents=True, exist_ok=True)
+    path = out / "results.json"
+    before = json.loads(path.read_text()) if path.exists() else {"seeds": seeds, "accuracies": {}}
+    if before["seeds"] != seeds:
+        raise InputError(f"{path} holds {before['seeds']} seeds, not {seeds}: choose another folder with --out")
     found: dict[str, Any] = {}
     for name, make in METHODS.items():
-        found[name] = [accuracies(make, seed) for seed in range(seeds)]
+        found[name] = before["accuracies"].get(name) or [accuracies(make, seed) for seed in range(seeds)]
         say(f"{name}: {100 * fmean(run[-1] for run in found[name]):.1f} %")
-    write_atomically(out / "results.json", json.dumps({"seeds": seeds, "accuracies": found}))
+        write_atomically(path, json.dumps({"seeds": seeds, "accuracies": {**before["accuracies"], **found}}))
+    write_atomically(path, json.dumps({"seeds": seeds, "accuracies": found}))
     lines = ["| optimizer | accuracy | first 300 | last 300 |", "| --- | --- | --- | --- |"]
     for name, runs in found.items():
         columns = ([100 * run[i] for run in runs] for i in (-1, 0, -2))

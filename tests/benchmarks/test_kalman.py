@@ -113,6 +113,11 @@ def test_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = RUN.invoke(make_app(), ["stream", "--seeds", "1", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
     assert 60 < 100 * json.loads((tmp_path / "results.json").read_text())["accuracies"]["sgd"][0][-1] < 95
+    monkeypatch.setattr(stream, "accuracies", None)  # what is there is not run again
+    assert RUN.invoke(make_app(), ["stream", "--seeds", "1", "--out", str(tmp_path)]).exit_code == 0
+    refused = RUN.invoke(make_app(), ["stream", "--seeds", "2", "--out", str(tmp_path)])
+    assert refused.exit_code == 2
+    assert "holds 1 seeds, not 2" in refused.output
 
 
 def test_p0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,15 +1,18 @@
 """The Kalman filter: against the Bayesian posterior, recursive least squares and dense filters with any V."""
 
+import sys
 from typing import Any
 
 import pytest
 import torch
+from grng.kernels import DenseColumns
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.nn.functional import cross_entropy, mse_loss
 
 from grng import GRNG, Curvature
 from grng.preconditioners import Kalman
+from grng.preconditioners.covariance import Diagonal
 
 from .cases import Positions, mlp, relative, stream, train, vector
 
@@ -571,3 +574,28 @@ def test_squares_of_grouped_columns(B: int, projection: Any, T: int) -> None:
         squares = (of_samples if T == 1 else of_groups).square().sum(0)
         expected = 1 / (1 / p0 + squares)
     torch.testing.assert_close(filter_.variance()[0][0], expected)
+
+
+@pytest.mark.parametrize("elements", [1, 40, 2**18])
+def test_every_matrix_has_its_own_cap_and_penalty(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a stack, also where it is gone through in parts: matrices may start at different times."""
+    monkeypatch.setattr(sys.modules["grng.kernels.columns"], "CACHED", elements)
+    torch.manual_seed(0)
+    k, m, n_out, n_in = 3, 2, 5, 4
+    p, g, cap = torch.rand(k, n_out, n_in), torch.randn(k, n_out, n_in), torch.tensor([0.3, 0.6, 5.0])
+    lam, N = torch.tensor([0.0, 2.0, 7.0]).view(k, 1, 1), torch.tensor(1.0)
+    columns = DenseColumns(torch.randn(k, m, 1, n_in), torch.randn(k, m, 1, n_out))
+    parts = [(slice(0, 1), DenseColumns(columns.x[:1], columns.e[:1]))]
+    parts.append((slice(1, 3), DenseColumns(columns.x[1:], columns.e[1:])))
+    covariance = Diagonal(p.clone(), "vd")
+    covariance.predict(1.25, 0.1, cap)
+    found = covariance.measure(parts, lam, g)
+    assert found is not None
+    prior = torch.minimum(1.25 * p + 0.1, cap.view(k, 1, 1))
+    q, V = prior / (1 + lam * prior), columns.dense()
+    torch.testing.assert_close(found[0], torch.einsum("akoi,koi,bkoi->ab", V, q, V))
+    torch.testing.assert_close(found[1], torch.einsum("akoi,koi,koi->a", V, q, g))
+    z = torch.randn(m)
+    torch.testing.assert_close(covariance.direction(parts, z, g, N), q * (torch.einsum("a,akoi->koi", z, V) - g))
+    covariance.commit(parts, None, torch.tensor(True))
+    torch.testing.assert_close(covariance.p, 1 / (1 / prior + V.square().sum(0)))
