@@ -1,0 +1,124 @@
+"""What runs of several optimizers on several workloads come to: profiles and scores, intervals of paired ratios, IQM.
+
+Times are to a target, in seconds, steps or gradient evaluations; a run that misses it has the time inf.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+Times = Mapping[str, Mapping[str, float]]  # workload -> optimizer -> time
+
+MOST = 4.0  # an optimizer that takes longer than so many times the fastest's time gets no credit for a workload
+
+
+def study_time(studies: Sequence[Sequence[float]]) -> float:
+    """AlgoPerf's time of a workload: the median over the studies of each one's fastest trial, misses included.
+
+    >>> study_time([[5.0, 3.0], [math.inf, math.inf], [4.0, 9.0]])
+    4.0
+    """
+    return median(min(trials) for trials in studies)
+
+
+def ratios(times: Times) -> dict[str, list[float]]:
+    """By optimizer, its time over the fastest's, one a workload; inf where it missed the target.
+
+    >>> ratios({"a": {"sgd": 2.0, "ring": 1.0}, "b": {"sgd": math.inf, "ring": math.inf}})
+    {'sgd': [2.0, inf], 'ring': [1.0, inf]}
+    """
+    names = list(dict.fromkeys(name for row in times.values() for name in row))
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for row in times.values():
+        best = min(row.values())
+        if not best > 0:
+            raise ValueError(f"a time is {best!r}: times are positive")
+        for name in names:
+            own = row.get(name, math.inf)
+            found[name].append(own / best if own < math.inf else math.inf)
+    return found
+
+
+def profile(times: Times, tau: Sequence[float]) -> dict[str, list[float]]:
+    """Dolan-More performance profiles: the share of workloads on which an optimizer takes at most tau times the
+    fastest's time (Dolan & More 2002).
+
+    >>> profile({"a": {"sgd": 2.0, "ring": 1.0}, "b": {"sgd": 3.0, "ring": 4.0}}, [1.0, 1.5, 2.0])
+    {'sgd': [0.5, 0.5, 1.0], 'ring': [0.5, 1.0, 1.0]}
+    """
+    return {name: [sum(r <= t for r in own) / len(own) for t in tau] for name, own in ratios(times).items()}
+
+
+def scores(times: Times, most: float = MOST) -> dict[str, float]:
+    """AlgoPerf's score: the profile's mean over tau in [1, most], in closed form.
+
+    >>> scores({"a": {"sgd": 2.0, "ring": 1.0}, "b": {"sgd": 3.0, "ring": math.inf}})
+    {'sgd': 0.8333333333333334, 'ring': 0.5}
+    """
+    return {name: sum(max(0.0, most - r) / (most - 1) for r in own) / len(own) for name, own in ratios(times).items()}
+
+
+def interquartile_mean(values: Sequence[float]) -> float:
+    """The mean without the lowest and the highest quarter.
+
+    >>> interquartile_mean([0.0, 1.0, 2.0, 100.0])
+    1.5
+    """
+    from scipy.stats import trim_mean
+
+    return float(trim_mean(values, 0.25))
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A paired ratio of times with its interval.
+
+    Attributes:
+        median: of the pairs' ratios.
+        low, high: bounds of the bootstrap interval.
+        pairs: that were used.
+        undecided: pairs in which both missed the target.
+    """
+
+    median: float
+    low: float
+    high: float
+    pairs: int
+    undecided: int
+
+    @property
+    def differs(self) -> bool:
+        """Whether the interval leaves out 1."""
+        return not self.low <= 1 <= self.high
+
+    def __str__(self) -> str:
+        shown = f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
+        return shown if self.differs else f"{shown}: no difference shown"
+
+
+def paired_ratio(own: Sequence[float], theirs: Sequence[float], level: float = 0.95, seed: int = 0) -> Ratio:
+    """The median of own/theirs over pairs (one seed each), with a percentile bootstrap over the pairs of the logs.
+
+    A pair in which one misses the target counts as an infinite ratio, or as zero; where both miss it says nothing.
+
+    >>> print(paired_ratio([1.0, 1.1, 0.9, 1.0], [2.0, 2.0, 2.0, 2.0]))
+    0.50 (0.45 to 0.55)
+
+    Raises:
+        ValueError: the sequences differ in length, or no pair decides.
+    """
+    import numpy as np
+
+    if len(own) != len(theirs):
+        raise ValueError(f"{len(own)} times against {len(theirs)}: pair them, one each a seed")
+    pairs = [(a, b) for a, b in zip(own, theirs, strict=True) if min(a, b) < math.inf]
+    if not pairs:
+        raise ValueError("both missed the target with every seed: there is no ratio")
+    logs = np.array([-math.inf if b == math.inf else math.inf if a == math.inf else math.log(a / b) for a, b in pairs])
+    drawn = np.random.default_rng(seed).integers(len(logs), size=(10_000, len(logs)))
+    # The lower of two middle values, since the mean of two infinities of unlike sign is none.
+    medians = np.quantile(logs[drawn], 0.5, axis=1, method="lower")
+    low, high = np.quantile(medians, [(1 - level) / 2, (1 + level) / 2], method="nearest")
+    middle = np.median(logs) if np.isfinite(logs).all() else np.quantile(logs, 0.5, method="lower")
+    return Ratio(*(float(np.exp(x)) for x in (middle, low, high)), len(pairs), len(own) - len(pairs))
