@@ -121,4 +121,5 @@ def paired_ratio(own: Sequence[float], theirs: Sequence[float], level: float = 0
     medians = np.quantile(logs[drawn], 0.5, axis=1, method="lower")
     low, high = np.quantile(medians, [(1 - level) / 2, (1 + level) / 2], method="nearest")
     middle = np.median(logs) if np.isfinite(logs).all() else np.quantile(logs, 0.5, method="lower")
-    return Ratio(*(float(np.exp(x)) for x in (middle, low, high)), len(pairs), len(own) - len(pairs))
+    middle, low, high = (float(np.exp(x)) for x in (middle, low, high))
+    return Ratio(middle, low, high, len(pairs), len(own) - len(pairs))

@@ -77,15 +77,18 @@ def stream(out: Path, seeds: int = 5, say: Callable[[str], None] = print) -> str
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / "results.json"
-    before = json.loads(path.read_text()) if path.exists() else {"seeds": seeds, "accuracies": {}}
-    if before["seeds"] != seeds:
-        raise InputError(f"{path} holds {before['seeds']} seeds, not {seeds}: choose another folder with --out")
-    found: dict[str, Any] = {}
+    known: dict[str, Any] = {}
+    if path.exists():
+        before = json.loads(path.read_text())
+        if before["seeds"] != seeds:
+            raise InputError(f"{path} holds {before['seeds']} seeds, not {seeds}: choose another folder with --out")
+        known = before["accuracies"]
     for name, make in METHODS.items():
-        found[name] = before["accuracies"].get(name) or [accuracies(make, seed) for seed in range(seeds)]
-        say(f"{name}: {100 * fmean(run[-1] for run in found[name]):.1f} %")
-        write_atomically(path, json.dumps({"seeds": seeds, "accuracies": {**before["accuracies"], **found}}))
-    write_atomically(path, json.dumps({"seeds": seeds, "accuracies": found}))
+        if name not in known:
+            known[name] = [accuracies(make, seed) for seed in range(seeds)]
+            write_atomically(path, json.dumps({"seeds": seeds, "accuracies": known}))
+        say(f"{name}: {100 * fmean(run[-1] for run in known[name]):.1f} %")
+    found = {name: known[name] for name in METHODS}
     lines = ["| optimizer | accuracy | first 300 | last 300 |", "| --- | --- | --- | --- |"]
     for name, runs in found.items():
         columns = ([100 * run[i] for run in runs] for i in (-1, 0, -2))
