@@ -86,6 +86,14 @@ def test_engines_are_equal(case: str, fisher: str, B: int) -> None:
     assert torch.equal(hooks.batch.normaliser, backpack.batch.normaliser)
 
 
+def frozen_biases() -> nn.Module:
+    """Of a layer, and of a norm."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 3))
+    for i in (0, 1):
+        model[i].bias.requires_grad_(False)
+    return model
+
+
 def tied_sequential() -> nn.Module:
     first = nn.Linear(4, 4)
     return nn.Sequential(first, nn.Tanh(), first)
@@ -108,7 +116,8 @@ AUTO: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
     "cnn": (cnn, None),
     "embedding": (words, None),
     "nested": (lambda: nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 3)), None),
-    "frozen bias": (lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3, bias=False)), None),
+    "no bias": (lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3, bias=False)), None),
+    "frozen bias": (frozen_biases, None),
     "in-place ReLU": (CASES["in-place ReLU"].build, "1 is a ReLU that works in place"),
     "own container": (CASES["residual"].build, "the model is a Named, not a chain of known layers"),
     "subclass": (CASES["subclass"].build, "0 is a OwnLinear, not a chain of known layers"),
@@ -120,6 +129,18 @@ AUTO: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
     "frozen weight": (frozen_weight, "2 has a frozen weight"),
     "parametrized": (CASES["parametrized weight"].build, "0 is a ParametrizedLinear, not a chain"),
 }
+
+
+@pytest.mark.parametrize("build", [frozen_biases, AUTO["no bias"][0]])
+@BATCHES
+def test_engines_are_equal_whatever_is_frozen(build: Callable[[], nn.Module], B: int) -> None:
+    torch.manual_seed(0)
+    model, x, loss = build(), torch.randn(B, 4), token_loss(torch.randint(3, (B,)))
+    hooks, backpack = (measure(model, x, loss, engine) for engine in ENGINES)
+    for name in hooks.layers:
+        for what in ("input_sum", "output_sum", "gradient"):
+            assert torch.equal(hooks.total(name, what), backpack.total(name, what))
+        assert hooks.layers[name].status == backpack.layers[name].status == "verified"
 
 
 @pytest.mark.parametrize("case", AUTO)
