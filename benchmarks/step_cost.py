@@ -106,19 +106,29 @@ def times(size: int, classes: int, rounds: int = 9) -> dict[str, float | None]:
 
 def peak_memory(name: str, size: int, classes: int) -> float:
     """Peak resident megabytes of a process of its own that makes two steps."""
-    code = f"from grng.benchmarks.step_cost import resident; print(resident({name!r}, {size}, {classes}))"
+    imports = "import grng.baselines; from grng.benchmarks.step_cost import resident"
+    code = f"{imports}; print(resident({name!r}, {size}, {classes}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
 def resident(name: str, size: int, classes: int) -> float:
-    """Megabytes that this process comes to by two steps."""
+    """Megabytes that this process comes to by two steps, beyond what it had before there was a model."""
+    before = _high_water()
     torch.manual_seed(0)
     model = network(WIDTHS[size], classes)
     optimizer = METHODS[name](model)
     x, y = torch.randn(BATCH, INPUTS), torch.randint(classes, (BATCH,))
     for _ in range(2):
         _step(model, optimizer, x, y)
+    return _high_water() - before
+
+
+def _high_water() -> float:
+    """The most megabytes this process has held; Linux counts its parent's in ru_maxrss, but not here."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(float(line.split()[1]) / 1024 for line in status.read_text().splitlines() if "VmHWM" in line)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

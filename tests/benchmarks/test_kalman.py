@@ -140,7 +140,7 @@ def test_step_cost(tmp_path: Path) -> None:
     assert [row["method"] for row in rows] == list(step_cost.METHODS)
     assert rows[0]["ratio"] == 1
     assert all(row["ms"] > 0 and 5e3 < row["parameters"] < 2e4 for row in rows)
-    assert 100 < step_cost.peak_memory("grouped, m = 8", 10**4, 3) < 2000
+    assert 10 < step_cost.peak_memory("grouped, m = 8", 10**4, 3) < 250  # not what this process has come to
     wrong = RUN.invoke(make_app(), ["step-cost", "--parameters", "5"])
     assert wrong.exit_code == 2
     assert "choose from [10000, " in wrong.output
