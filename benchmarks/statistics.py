@@ -53,8 +53,8 @@ def profile(times: Times, tau: Sequence[float]) -> dict[str, list[float]]:
 def scores(times: Times, most: float = MOST) -> dict[str, float]:
     """AlgoPerf's score: the profile's mean over tau in [1, most], in closed form.
 
-    >>> scores({"a": {"sgd": 2.0, "ring": 1.0}, "b": {"sgd": 3.0, "ring": math.inf}})
-    {'sgd': 0.8333333333333334, 'ring': 0.5}
+    >>> scores({"a": {"sgd": 2.5, "ring": 1.0}, "b": {"sgd": 3.0, "ring": math.inf}})
+    {'sgd': 0.75, 'ring': 0.5}
     """
     return {name: sum(max(0.0, most - r) / (most - 1) for r in own) / len(own) for name, own in ratios(times).items()}
 
