@@ -44,7 +44,7 @@ RESULTS = ROOT / "docs" / "results"
 
 COMMITTED = {
     "regularizers.md": ("regularizers-digits", "regularizers-fashion", "regularizers-cost"),
-    "kalman.md": ("kalman-uci", "kalman-p0", "kalman-stream"),
+    "kalman.md": ("kalman-uci", "kalman-shift", "kalman-p0", "kalman-stream"),
 }
 
 
