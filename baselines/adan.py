@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 from grng.damping import squared_norm
 from grng.errors import invalid
 
+from .common import evaluated, refuse_sparse
+
 AVERAGES = ("exp_avg", "exp_avg_diff", "exp_avg_sq")  # m, v, n
 
 
@@ -87,13 +89,9 @@ class Adan(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update; returns what the closure returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         trained = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if any(p.grad.layout != torch.strided for p in trained):
-            raise RuntimeError("Adan takes no sparse gradients: build the embedding with sparse=False")
+        refuse_sparse("Adan", trained)
         factor = self._clip_factor([p.grad for p in trained])
         for group in self.param_groups:
             settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "no_prox")}

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from .common import evaluated
+
 
 class Muon(Optimizer):
     """torch.optim.Muon for hidden weights and AdamW for all other parameters, as one optimizer.
@@ -78,10 +80,7 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update; returns what the closure returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for part in self._parts:
             part.step()
         return loss

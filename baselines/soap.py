@@ -10,6 +10,8 @@ from torch.optim import Optimizer
 
 from grng.errors import invalid
 
+from .common import evaluated, refuse_sparse
+
 
 class SOAP(Optimizer):
     r"""Adam in the eigenbasis of Shampoo's factors.
@@ -87,16 +89,12 @@ class SOAP(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update; returns what the closure returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
+            refuse_sparse("SOAP", group["params"])
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                if p.grad.layout != torch.strided:
-                    raise RuntimeError("SOAP takes no sparse gradients: build the embedding with sparse=False")
                 G = p.grad.to(torch.promote_types(p.dtype, torch.float32))
                 state = self.state[p]
                 if not state:

@@ -18,6 +18,8 @@ from grng.curvature.plan import check_model, named_groups
 from grng.errors import invalid
 from grng.regularizers.explicit import ProductPass
 
+from .common import evaluated
+
 RNG = ("fisher_rng", "likelihood", "loss_scale")  # of the labels that are drawn, under the first parameter
 
 
@@ -54,12 +56,10 @@ class Sophia(Optimizer):
                 state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return state
 
-    def _trained(self) -> list[tuple[dict[str, Any], nn.Parameter]]:
-        found = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if any(p.grad.layout != torch.strided for _, p in found):
-            raise RuntimeError(
-                f"{type(self).__name__} takes no sparse gradients: build the embedding with sparse=False"
-            )
+    def _trained(self) -> list[nn.Parameter]:
+        """Parameters that have a gradient."""
+        found = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        refuse_sparse(type(self).__name__, found)
         return found
 
     def _move(self, measured: dict[Tensor, Tensor], late: bool) -> None:
@@ -186,10 +186,7 @@ class SophiaG(Sophia):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update; returns what the closure returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         trained, batch, sampled = self._trained(), self._capture.batch, self._sampled
         if trained and self._due() and (batch is None or not sampled):
             if not self._capture.entered:
