@@ -18,7 +18,7 @@ from grng.curvature.plan import check_model, named_groups
 from grng.errors import invalid
 from grng.regularizers.explicit import ProductPass
 
-from .common import evaluated
+from .common import evaluated, refuse_sparse
 
 RNG = ("fisher_rng", "likelihood", "loss_scale")  # of the labels that are drawn, under the first parameter
 
