@@ -42,13 +42,13 @@ class Muon(Optimizer):
         adjust_lr_fn: str = "match_rms_adamw",
     ) -> None:
         linear = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-        hidden = {p for p in linear[:-1] if p is not linear[-1]}
         embedded = {m.weight for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
+        hidden = set(linear[:-1]) - set(linear[-1:]) - embedded
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
             raise ValueError(f"{type(model).__name__} has no trainable parameter: unfreeze one")
-        chosen = [p for p in trained if p in hidden - embedded]
-        others = [p for p in trained if p not in hidden - embedded]
+        chosen = [p for p in trained if p in hidden]
+        others = [p for p in trained if p not in hidden]
         self._parts: list[Optimizer] = []
         if chosen:
             settings = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "adjust_lr_fn": adjust_lr_fn}

@@ -116,7 +116,7 @@ class SophiaG(Sophia):
         params: parameters of it, or param groups; None: all that are trainable.
         lr: learning rate; the authors recommend one somewhat below AdamW's.
         betas: b_1, b_2.
-        rho: the larger, the more entries are clipped less. The authors watch the share that is not clipped, which
+        rho: the larger, the fewer entries are clipped. The authors watch the share that is not clipped, which
             should lie between 0.1 and 0.5.
         weight_decay: wd, decoupled.
         interval: steps between estimates.

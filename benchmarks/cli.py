@@ -1,6 +1,8 @@
 """The console command `grng`; its one job is `grng compare`."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -133,13 +135,9 @@ def add_kalman(app: "typer.Typer") -> None:
         out: Annotated[Path, typer.Option(help=out_help)] = Path("results/kalman-uci"),
     ) -> None:
         """RMSE and log likelihood on the standard splits, beside AdamW, Laplace and IVON where they are installed."""
-        try:
+        with refusals("uci"):
             folder = uci.data_folder(data)
-            table = uci.uci(folder, out, names_in([datasets]), names_in([methods]), epochs, splits, typer.echo)
-        except InputError as error:
-            typer.echo(f"grng uci: error: {error}", err=True)
-            raise typer.Exit(2) from None
-        typer.echo(table)
+            typer.echo(uci.uci(folder, out, names_in([datasets]), names_in([methods]), epochs, splits, typer.echo))
 
     @app.command("shift")
     def shift_command(
@@ -151,11 +149,8 @@ def add_kalman(app: "typer.Typer") -> None:
         out: Annotated[Path, typer.Option(help=out_help)] = Path("results/kalman-shift"),
     ) -> None:
         """Calibration on one data set, and whether another is recognised as foreign."""
-        try:
+        with refusals("shift"):
             typer.echo(shift.shift(data, other, out, names_in([methods]), epochs, seeds, typer.echo))
-        except InputError as error:
-            typer.echo(f"grng shift: error: {error}", err=True)
-            raise typer.Exit(2) from None
 
     @app.command("stream")
     def stream_command(
@@ -165,11 +160,8 @@ def add_kalman(app: "typer.Typer") -> None:
         ),
     ) -> None:
         """Digits that come one by one while the picture wanders: accuracy before learning."""
-        try:
+        with refusals("stream"):
             typer.echo(stream.stream(out, seeds, typer.echo))
-        except InputError as error:
-            typer.echo(f"grng stream: error: {error}", err=True)
-            raise typer.Exit(2) from None
 
     @app.command("step-cost")
     def step_cost_command(
@@ -195,6 +187,18 @@ def add_kalman(app: "typer.Typer") -> None:
     ) -> None:
         """In how wide a range of p0 the Kalman filter trains, with its regularisation and without."""
         typer.echo(robustness.robustness(out, seeds, say=typer.echo))
+
+
+@contextmanager
+def refusals(command: str) -> Iterator[None]:
+    """Bad input ends the command with its message and status 2."""
+    import typer
+
+    try:
+        yield
+    except InputError as error:
+        typer.echo(f"grng {command}: error: {error}", err=True)
+        raise typer.Exit(2) from None
 
 
 def names_in(lists: list[str]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .data import load_data
+from .data import Dataset, load_data
 from .models import build_model
 from .records import write_atomically
 
@@ -17,12 +17,11 @@ GAMMAS = (0.03, 0.1, 0.3)
 SUCCESS = 0.9
 
 
-def accuracy(covariance: str, p0: float, gamma: float, rho: float, seed: int, epochs: int) -> float:
+def accuracy(data: Dataset, covariance: str, p0: float, gamma: float, rho: float, seed: int, epochs: int) -> float:
     """Test accuracy of the digits' MLP; 0 where a parameter is no longer finite."""
     from grng import GRNG
     from grng.preconditioners import Kalman
 
-    data = load_data("digits")
     torch.manual_seed(seed)
     model = build_model("mlp", data.shape, data.outputs)
     filter_ = Kalman(p0=p0, gamma=gamma, covariance=covariance)  # type: ignore[arg-type]
@@ -37,11 +36,10 @@ def accuracy(covariance: str, p0: float, gamma: float, rho: float, seed: int, ep
     return float((f.argmax(1) == data.y_test).float().mean()) if bool(f.isfinite().all()) else 0.0
 
 
-def fixed_rho() -> float:
+def fixed_rho(data: Dataset) -> float:
     """The rho that the default settles on for this problem: the same for the whole grid, whatever p0 is."""
     from grng import GRNG
 
-    data = load_data("digits")
     torch.manual_seed(0)
     model = build_model("mlp", data.shape, data.outputs)
     with GRNG(model, "kalman") as optimizer:
@@ -57,13 +55,15 @@ def robustness(out: Path, seeds: int = 3, epochs: int = 8, say: Callable[[str], 
         the table, Markdown: in how much of the grid of p0 the filter reaches 90 %.
     """
     out.mkdir(parents=True, exist_ok=True)
-    strength = fixed_rho()
+    data = load_data("digits")
+    strength = fixed_rho(data)
     found: list[dict[str, Any]] = []
     for covariance in ("diag", "kron"):
         for gamma in GAMMAS:
             for rho in (0.0, strength):
                 curve = [
-                    fmean(accuracy(covariance, p0, gamma, rho, seed, epochs) for seed in range(seeds)) for p0 in P0
+                    fmean(accuracy(data, covariance, p0, gamma, rho, seed, epochs) for seed in range(seeds))
+                    for p0 in P0
                 ]
                 found.append({"covariance": covariance, "gamma": gamma, "rho": rho, "accuracy": curve})
                 say(f"{covariance}, gamma {gamma}, rho {rho}: {sum(a >= SUCCESS for a in curve)} of {len(P0)} p0 train")
