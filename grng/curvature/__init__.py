@@ -3,7 +3,8 @@
 from grng.curvature.capture import Batch, Capture
 from grng.curvature.config import Curvature
 from grng.curvature.coverage import Coverage, Row
-from grng.curvature.layers import Layer, conv_patches, make_layer
+from grng.curvature.geometry import conv_patches
+from grng.curvature.layers import Layer, make_layer
 from grng.curvature.statistics import DenseStatistics, IndexStatistics, Statistics
 
 __all__ = [

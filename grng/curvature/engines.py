@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from grng.curvature.attention import Arrangement, arrangement, projections
 from grng.curvature.layers import Layer
 from grng.errors import invalid
 
@@ -49,15 +50,17 @@ class Hook:
 
 
 class Use(NamedTuple):
-    """One call of a layer: its input and the place of its output in the graph."""
+    """One call of a layer: its input and the place of its output in the graph; of a projection of attention, the
+    arrangement of what is found at that place in place of the input."""
 
     layer: Layer
-    x: Tensor
+    x: Tensor | Arrangement
     edge: GradientEdge
 
-
-def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else next(iter(kwargs.values()))
+    def pair(self, place: GradientEdge, e: Tensor) -> Pair:
+        if isinstance(self.x, Tensor):
+            return self.layer, self.x, e
+        return self.layer, self.x.input(place.node), self.x.gradient(e)
 
 
 class HooksEngine:
@@ -76,19 +79,50 @@ class HooksEngine:
         self.handles = [
             layer.module.register_forward_hook(Hook(self, "_note", layer), prepend=True, with_kwargs=True)
             for layer in capture.layers
-            if not layer.plain
+            if not layer.plain and layer.host is None
+        ]
+        hosts: dict[nn.Module, list[Layer]] = {}
+        for layer in capture.layers:
+            if layer.host is not None:
+                hosts.setdefault(layer.host, []).append(layer)
+        self.handles += [
+            host.register_forward_hook(Hook(self, "_note_projections", layers), prepend=True, with_kwargs=True)
+            for host, layers in hosts.items()
         ]
 
     def _note(self, layer: Layer, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         current = self.capture.current
         if current is None or not layer.active or not isinstance(output, Tensor) or not output.requires_grad:
             return
-        x = layer_input(args, kwargs).detach()
+        x = layer.geometry.input(args, kwargs).detach()
         current.uses.append(Use(layer, x, get_gradient_edge(output)))
         if self.capture.wants_true_gradient(layer):
             # The closure holds no place in the graph, which would be a cycle and keep the graph alive.
             context, deliver = current.context, self.capture.receive_true_gradient
             output.register_hook(lambda e: deliver(layer, x, e, context))
+
+    def _note_projections(self, layers: list[Layer], module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        current, output = self.capture.current, output[0] if isinstance(output, tuple) else output
+        if current is None or not isinstance(output, Tensor) or not output.requires_grad:
+            return
+        inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        active = [layer for layer in layers if layer.active]
+        for found in projections(active, inputs, output):
+            use = Use(found.layer, arrangement(found, inputs[0]), GradientEdge(found.node, 0))
+            current.uses.append(use)
+            if self.capture.wants_true_gradient(found.layer):
+                self._listen_at(found.node, use._replace(edge=None), current.context)  # type: ignore[arg-type]
+
+    def _listen_at(self, node: Any, use: Use, context: Any) -> None:
+        """Deliver what the user's own backward pass brings to a node; nothing of it holds the node."""
+        deliver = self.capture.receive_true_gradient
+
+        def arrived(gradients: tuple[Tensor | None, ...]) -> None:
+            if gradients[0] is not None:
+                place = GradientEdge(torch._C._current_autograd_node(), 0)
+                deliver(*use.pair(place, gradients[0]), context)
+
+        node.register_prehook(arrived)
 
     def begin(self) -> None:
         """Nothing to prepare for a forward pass."""
@@ -120,9 +154,9 @@ class HooksEngine:
             return
         with _apart():
             found = torch.autograd.grad([place], inputs, [gradient], retain_graph=True, allow_unused=True)
-        for use, e in zip(current.uses, found[: len(edges)], strict=True):
+        for use, edge, e in zip(current.uses, edges, found[: len(edges)], strict=True):
             if e is not None and use.layer.active:
-                yield use.layer, use.x, e
+                yield use.pair(edge, e)
         yield from alone(plain, found[len(edges) :])
 
     def listen(self, current: "Pass") -> None:

@@ -4,11 +4,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from grng.curvature.attention import attention_layers
 from grng.curvature.capture import Capture
 from grng.curvature.coverage import Coverage, Row
 from grng.curvature.engines import Hook
 from grng.curvature.layers import Layer, make_layer, plain_layer
+from grng.distributed import shards
 from grng.errors import invalid
 
 
@@ -26,6 +29,14 @@ def check_model(model: nn.Module) -> None:
                 f"another GRNG optimizer is attached to {name or 'this model'}: call its close() first (two would "
                 "count every statistic twice). Parameters with settings of their own go into params= as groups"
             )
+    sharded = shards(model)
+    if sharded:
+        raise invalid(
+            "model",
+            f"sharded ({sharded})",
+            "a module that holds its parameters whole",
+            "Factors need whole matrices: wrap the model in torch.nn.parallel.DistributedDataParallel.",
+        )
     if not any(True for _ in model.parameters()):
         raise invalid("model", type(model).__name__, "a module with parameters")
 
@@ -39,21 +50,26 @@ def named_groups(
         if not trainable:
             raise invalid("model", type(model).__name__, "one with a trainable parameter", "All are frozen.")
         return [{"params": trainable}]
-    if isinstance(params, Tensor):
-        raise TypeError("params must be an iterable of tensors, (name, tensor) pairs or dicts, but is a tensor")
+    if isinstance(params, Tensor | str | bytes) or not isinstance(params, Iterable):
+        kind = "a tensor" if isinstance(params, Tensor) else repr(params)
+        raise TypeError(f"params must be an iterable of tensors, (name, tensor) pairs or dicts, but is {kind}")
     given = list(params)
     groups = [dict(g) for g in given] if given and isinstance(given[0], dict) else [{"params": given}]
     for group in groups:
         entries = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        entries = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
-        strangers = [tuple(p.shape) for p in entries if p not in names]
+        tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
+        strangers = [tuple(p.shape) if isinstance(p, Tensor) else p for p in tensors if not in_model(p, names)]
         if strangers:
             raise invalid("params", strangers, "parameters of the model", "Tensors of these shapes are not.")
-        group["params"] = [p for p in entries if p.requires_grad]
+        group["params"] = [entry for entry, p in zip(entries, tensors, strict=True) if p.requires_grad]
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise invalid("params", "nothing trainable", "at least one parameter with requires_grad=True")
     return groups
+
+
+def in_model(p: Any, names: dict[nn.Parameter, str]) -> bool:
+    return isinstance(p, Tensor) and p in names
 
 
 def find_layers(
@@ -72,15 +88,13 @@ def find_layers(
             raise invalid(f"{name}.sparse", True, "False", "Sparse gradients are not supported.")
     layers, reasons = [], {}
     for name, module in model.named_modules():
-        layer = make_layer(name, module, trainable)
-        if layer is None:
-            continue
-        shared = [p for p in layer.parameters if len(users[p]) > 1]
-        if shared:
-            for p in layer.parameters:
-                reasons[p] = f"a weight is shared between {', '.join(users[shared[0]])}"
-        else:
-            layers.append(layer)
+        for layer in _layers_of(name, module, trainable):
+            shared = [p for p in layer.parameters if len(users[p]) > 1]
+            if shared:
+                for p in layer.parameters:
+                    reasons[p] = f"a weight is shared between {', '.join(users[shared[0]])}"
+            else:
+                layers.append(layer)
     covered = {p for layer in layers for p in layer.parameters}
     for p in trainable - covered:
         reasons.setdefault(p, f"no factors for {kinds[p]}")
@@ -89,6 +103,15 @@ def find_layers(
             if p in reasons:
                 layers.append(plain_layer(name, model, p))
     return layers, reasons
+
+
+def _layers_of(name: str, module: nn.Module, trainable: set[nn.Parameter]) -> list[Layer]:
+    if isinstance(module, nn.MultiheadAttention):
+        return attention_layers(name, module, trainable)
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return []  # attention's out_proj, which is no call of its own
+    layer = make_layer(name, module, trainable)
+    return [] if layer is None else [layer]
 
 
 def coverage_of(

@@ -27,6 +27,10 @@ class Statistics(Protocol):
         """Rows, those included that do not count: a Python number, from shapes alone."""
 
     @property
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """What the rows are made of: the inputs, or an embedding's indices, and e."""
+
+    @property
     def rows(self) -> Tensor:
         """(k,) rows that count."""
 
@@ -65,6 +69,10 @@ class DenseStatistics(Origin):
     def __init__(self, x: Tensor, e: Tensor) -> None:
         super().__init__(x.shape[1])
         self.x, self.e = x, e
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor]:
+        return self.x, self.e
 
     @property
     def positions(self) -> int:
@@ -109,12 +117,36 @@ class DenseStatistics(Origin):
         return DenseStatistics(mean, self.e.sum(2, keepdim=True))
 
 
+class UnitStatistics(DenseStatistics):
+    """Statistics of a scale and shift, channel by channel: normalised input and output gradient (B, T, k).
+
+    A sample's gradient u = (sum_t e x, sum_t e) of a channel takes the place of the row, 1 that of its e: Lambda (x)
+    Gamma = 1/N sum over samples of u u^T is no approximation then.
+    """
+
+    def __init__(self, x: Tensor | None, e: Tensor, shift: bool) -> None:
+        products = [] if x is None else [x * e]
+        if shift:
+            products.append(e)
+        u = torch.stack([product.sum(1).mT for product in products], dim=-1)
+        counts = (e != 0).any(1).mT
+        super().__init__(u.unsqueeze(2), counts.to(e.dtype)[..., None, None])
+        self._size = sum(product.abs().sum() for product in products)
+
+    def magnitude(self) -> Tensor:
+        return self._size
+
+
 class IndexStatistics(Origin):
     """Statistics of an embedding: its inputs are one-hot, index (B, T), e (B, T, n_out); x is never formed."""
 
     def __init__(self, index: Tensor, e: Tensor, n_in: int) -> None:
         super().__init__(index.shape[0])
         self.index, self.e, self.n_in = index, e, n_in
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor]:
+        return self.index, self.e
 
     @property
     def positions(self) -> int:

@@ -1,7 +1,9 @@
 """Models that make capture hard, each with what must become of it."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,28 @@ class Named(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(self, x)
+
+
+class Conv1D(nn.Module):
+    """A linear layer with transposed weight, by transformers' name."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.weight, self.bias = nf, nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+class OneRMSNorm(nn.Module):
+    """As model libraries have it: a name that ends so, and a scale that begins at zero."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.randn(size)), 1e-3
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (1 + self.weight) * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
 
 
 class OwnLinear(nn.Linear):
@@ -80,6 +104,37 @@ def adapted() -> nn.Module:
 def encoder() -> nn.Module:
     layer = nn.TransformerEncoderLayer(4, 2, dim_feedforward=6, dropout=0.0, batch_first=True)
     return nn.Sequential(layer, nn.Flatten(), nn.Linear(12, 3))
+
+
+def decoder() -> nn.Module:
+    layer = nn.TransformerDecoderLayer(4, 2, dim_feedforward=6, dropout=0.0, batch_first=True)
+    run = lambda m, x: m.out(m.layer(x[:, :2], m.memory(x)).flatten(1))  # noqa: E731
+    return Named(run, layer=layer, memory=linear(), out=linear(8, 3))
+
+
+def attending(run: Callable[..., Tensor], **settings: Any) -> Case:
+    """MultiheadAttention on three positions of four numbers."""
+    return Case(
+        lambda: Named(
+            lambda m, x: m.out(run(m.attention, x).flatten(1)),
+            attention=nn.MultiheadAttention(4, 2, batch_first=True, **settings), out=linear(12, 3),
+        ),
+        lambda B: torch.randn(B, 3, 4),
+    )  # fmt: skip
+
+
+def normed(norm: Callable[[], nn.Module], *size: int) -> Case:
+    """A normalisation of four channels between two layers."""
+    return Case(
+        lambda: nn.Sequential(norm(), nn.Tanh(), nn.Flatten(), linear(math.prod(size), 3)),
+        lambda B: torch.randn(B, *size),
+    )
+
+
+def settled(norm: nn.Module) -> nn.Module:
+    """With statistics of its own that stay."""
+    nn.init.normal_(norm.running_mean)
+    return norm.eval()
 
 
 def hooked() -> nn.Module:
@@ -154,16 +209,41 @@ CASES = {
             attention=nn.MultiheadAttention(4, 2, batch_first=True), out=linear(12, 3),
         ),
         lambda B: torch.randn(B, 3, 4),
-        failed={"attention.out_proj"},
-        unseen={n: "no factors for MultiheadAttention" for n in ("attention.in_proj_weight", "attention.in_proj_bias")},
     ),
-    "encoder layer": Case(
-        encoder,
-        lambda B: torch.randn(B, 3, 4),
-        failed={"0.self_attn.out_proj"},
-        unseen={
-            **{f"0.self_attn.in_proj_{n}": "no factors for MultiheadAttention" for n in ("weight", "bias")},
-            **{f"0.norm{i}.{n}": "no factors for LayerNorm" for i in (1, 2) for n in ("weight", "bias")},
-        },
+    "attention, cross": attending(lambda attention, x: attention(x, x[:, :2].tanh(), x[:, :2].tanh())[0]),
+    "attention, three inputs": attending(lambda attention, x: attention(x, x.tanh(), x.exp())[0]),
+    "attention, keywords, no bias": attending(
+        lambda attention, x: attention(query=x, key=x, value=x, need_weights=False)[0], bias=False
+    ),
+    "attention, added rows": attending(lambda attention, x: attention(x, x, x)[0], add_zero_attn=True),
+    "attention, weights apart": replace(
+        attending(lambda attention, x: attention(x, x[..., :3], x[..., :2])[0], kdim=3, vdim=2),
+        unseen={"attention.in_proj_bias": "no factors for MultiheadAttention"},
+    ),
+    "encoder layer": Case(encoder, lambda B: torch.randn(B, 3, 4)),
+    "decoder layer": Case(decoder, lambda B: torch.randn(B, 3, 4)),
+    "layer norm": normed(lambda: nn.LayerNorm(4), 3, 4),
+    "layer norm of two axes": normed(lambda: nn.LayerNorm((3, 4), bias=False), 3, 4),
+    "RMS norm": normed(lambda: nn.RMSNorm(4), 3, 4),
+    "RMS norm of a library": normed(lambda: OneRMSNorm(4), 3, 4),
+    "group norm": normed(lambda: nn.GroupNorm(2, 4), 4, 3),
+    "instance norm": normed(lambda: nn.InstanceNorm2d(4, affine=True), 4, 2, 3),
+    "batch norm, settled": normed(lambda: settled(nn.BatchNorm2d(4)), 4, 2, 3),
+    "transposed weight": Case(lambda: nn.Sequential(Conv1D(5, 4), nn.Tanh(), linear(5, 3))),
+    "transposed convolution": Case(
+        lambda: nn.Sequential(nn.ConvTranspose1d(2, 3, 3, stride=2, padding=1), nn.Tanh(), nn.Flatten(), linear(15, 3)),
+        lambda B: torch.randn(B, 2, 3),
+    ),
+    "bags": Case(
+        lambda: nn.Sequential(nn.EmbeddingBag(5, 4, mode="mean"), nn.Tanh(), linear(4, 3)),
+        lambda B: torch.randint(5, (B, 3)),
+    ),
+    "bags by offsets": Case(
+        lambda: Named(
+            lambda m, x: m.out(m.bag(x.flatten(), torch.arange(len(x)) * 3).tanh()),
+            bag=nn.EmbeddingBag(5, 4, mode="sum"), out=linear(4, 3),
+        ),
+        lambda B: torch.randint(5, (B, 3)),
+        failed={"bag"},
     ),
 }  # fmt: skip

@@ -119,6 +119,36 @@ def test_kfac_is_not_exact_where_predictions_differ(likelihood: str, B: int) -> 
     assert relative(kronecker(*factors(model, x, loss, fisher="exact")["0"]), block) > 1e-4
 
 
+# Normalisations of four channels in nonlinear networks, first and within: model, input without its batch.
+NORMS = {
+    "layer norm": (lambda: nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 3)), (5,)),
+    "layer norm on positions": (lambda: nn.Sequential(nn.LayerNorm(4), nn.Tanh(), Mean(), nn.Linear(4, 3)), (3, 4)),
+    "layer norm, a prediction a position": (lambda: nn.Sequential(nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 3)), (3, 4)),
+    "RMS norm": (lambda: nn.Sequential(nn.RMSNorm(4), nn.Tanh(), nn.Linear(4, 3)), (4,)),
+    "group norm": (
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 2), nn.GroupNorm(2, 4), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)),
+        (2, 3, 2),
+    ),
+    "batch norm, settled": (lambda: nn.Sequential(nn.BatchNorm1d(4).eval(), nn.Tanh(), nn.Linear(4, 3)), (4,)),
+}
+
+
+@BATCHES
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("net", NORMS)
+def test_scale_and_shift_have_the_exact_block(net: str, likelihood: str, B: int) -> None:
+    """Channel by channel the Gauss-Newton matrix of (scale, shift), whatever the predictions and the network."""
+    build, shape = NORMS[net]
+    model, x = build(), torch.randn(B, *shape)
+    loss = loss_for(likelihood, model(x))
+    found = factors(model, x, loss, fisher="exact", capture="hooks")
+    name = next(n for n, m in model.named_modules() if "Norm" in type(m).__name__)
+    block = ggn_block(model, name, x, loss)[:, 0, :, :, 0, :]
+    own = torch.stack([block[c, :, c] for c in range(4)])
+    Lambda, Gamma = found[name]
+    assert relative(Lambda * Gamma, own) < 1e-12
+
+
 # Linear networks with shared weights: model, input without its batch, how sharing is treated where it is exact.
 SHARED = {
     "a prediction a position": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)), (4, 6), "expand"),

@@ -127,6 +127,49 @@ LAYERS = {
     "embedding 2-D": (lambda: nn.Embedding(7, 3), indices(5)),
     "embedding 3-D": (lambda: nn.Embedding(7, 3), indices(5, 2)),
     "embedding, padding_idx": (lambda: nn.Embedding(7, 3, padding_idx=2), indices(5)),
+    "bags, sum": (lambda: nn.EmbeddingBag(7, 3, mode="sum"), indices(5)),
+    "bags, mean, padding_idx": (lambda: nn.EmbeddingBag(7, 3, mode="mean", padding_idx=2), indices(5)),
+    "layer norm": (lambda: nn.LayerNorm(4), vectors(0, 5)),
+    "layer norm, one sample": (lambda: nn.LayerNorm(4), vectors()),
+    "layer norm of two axes": (lambda: nn.LayerNorm((5, 4)), vectors(0, 5)),
+    "layer norm, frozen scale": (lambda: frozen(nn.LayerNorm(4), "weight"), vectors(0, 5)),
+    "layer norm, frozen shift": (lambda: frozen(nn.LayerNorm(4), "bias"), vectors(0, 5)),
+    "RMS norm": (lambda: nn.RMSNorm(4), vectors(0, 2, 3)),
+    "batch norm": (lambda: nn.BatchNorm1d(4), lambda B: torch.randn(B + 1, 4)),
+    "batch norm on images": (lambda: nn.BatchNorm2d(4), images(4, 3, 2)),
+    "batch norm, evaluation": (lambda: nn.BatchNorm2d(4).eval(), images(4, 3, 2)),
+    "batch norm without statistics": (lambda: nn.BatchNorm3d(4, track_running_stats=False).eval(), images(4, 3, 2, 2)),
+    "group norm": (lambda: nn.GroupNorm(2, 4), images(4, 3, 2)),
+    "instance norm": (lambda: nn.InstanceNorm1d(4, affine=True), images(4, 3)),
+    "instance norm, evaluation": (
+        lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True).eval(),
+        images(4, 3, 2),
+    ),
+}
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+# channels in, channels out, groups, stride, dilation, padding, output padding
+SPREADS = [
+    (2, 3, 1, 1, 1, 0, 0),
+    (2, 3, 1, 2, 1, 1, 1),
+    (3, 2, 1, 3, 2, 2, 0),
+    (3, 6, 3, 2, 1, 1, 0),  # depthwise
+    (2, 3, 1, 2, 1, 2, 0),  # more is cut off than the kernel adds
+]
+LAYERS |= {
+    f"transposed {dims}d-{'-'.join(map(str, row))}": (
+        lambda dims=dims, row=row: TRANSPOSED[dims](
+            *row[:2],
+            KERNELS[dims],
+            groups=row[2],
+            stride=row[3],
+            dilation=row[4],
+            padding=row[5],
+            output_padding=row[6],
+        ),
+        lambda B, dims=dims, row=row: torch.randn(B, row[0], *SIZES[dims]),
+    )
+    for dims in TRANSPOSED
+    for row in SPREADS
 }
 
 
@@ -186,9 +229,19 @@ def test_rows_come_in_the_factors_precision(own: torch.dtype, dtype: torch.dtype
     assert statistics.input_sum().dtype == statistics.output_sum().dtype == statistics.rows.dtype == dtype
 
 
+class OwnNorm(nn.LayerNorm):
+    def __init__(self) -> None:
+        super().__init__(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mT).mT
+
+
 UNSUPPORTED = {
-    "transposed conv": lambda: nn.ConvTranspose2d(2, 2, 3),
-    "normalisation": lambda: nn.LayerNorm(4),
+    "transposed conv, groups": lambda: nn.ConvTranspose2d(4, 4, 3, groups=2),  # its weight is no view of matrices
+    "largest of a bag": lambda: nn.EmbeddingBag(7, 3, mode="max"),
+    "normalisation with a formula of its own": OwnNorm,
+    "normalisation without parameters": lambda: nn.LayerNorm(4, elementwise_affine=False),
     "recurrent": lambda: nn.LSTM(4, 3),
     "lazy, not built yet": lambda: nn.LazyLinear(3),
     "bilinear": lambda: nn.Bilinear(2, 2, 2),
