@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from .architectures.cli import add_check
 from .bench.cli import add_bench
 from .compare import compare
 from .config import CompareConfig, parse_settings, read_recipe
@@ -116,6 +117,7 @@ def make_app() -> "typer.Typer":
 
     add_kalman(app)
     add_bench(app)
+    add_check(app)
     return app
 
 

@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from grng.checkup import check
 from grng.curvature import Curvature
 from grng.errors import GRNGWarning
 from grng.optimizer import GRNG
@@ -12,4 +13,4 @@ try:
 except PackageNotFoundError:  # a source tree that was not installed
     __version__ = "0+unknown"
 
-__all__ = ["GRNG", "Curvature", "GRNGWarning", "__version__", "register_preconditioner"]
+__all__ = ["GRNG", "Curvature", "GRNGWarning", "__version__", "check", "register_preconditioner"]
