@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from grng.damping import squared_norm
-from grng.errors import invalid
+from grng.errors import check_nonnegative, invalid
+from grng.torch_optim import StrictOptimizer, scalar
 
 from .common import evaluated, refuse_sparse
 
 AVERAGES = ("exp_avg", "exp_avg_diff", "exp_avg_sq")  # m, v, n
 
 
-class Adan(Optimizer):
+class Adan(StrictOptimizer):
     r"""Adaptive Nesterov momentum.
 
     .. math::
@@ -71,20 +71,9 @@ class Adan(Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "no_prox": no_prox}
         super().__init__(params, defaults | {"max_grad_norm": max_grad_norm})
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; a group that is refused is not added."""
-        super().add_param_group(param_group)
-        try:
-            check_group(self.param_groups[-1], self.defaults["max_grad_norm"])
-        except ValueError:
-            self.param_groups.pop()
-            raise
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for own in self.state.values():  # a checkpoint may have been mapped to a GPU, where reading a count waits
-            if "step" in own:
-                own["step"] = own["step"].cpu()
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_group(group, self.defaults["max_grad_norm"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -94,7 +83,7 @@ class Adan(Optimizer):
         refuse_sparse("Adan", trained)
         factor = self._clip_factor([p.grad for p in trained])
         for group in self.param_groups:
-            settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "no_prox")}
+            settings = {name: scalar(group[name]) for name in ("lr", "betas", "eps", "weight_decay", "no_prox")}
             members = [p for p in group["params"] if p.grad is not None]
             for device in dict.fromkeys(p.device for p in members):
                 here = [p for p in members if p.device == device]
@@ -163,13 +152,9 @@ def update(
 
 
 def check_group(group: dict[str, Any], max_grad_norm: float) -> None:
-    """Refuse settings of a param group that are out of range."""
-    for name in ("lr", "eps", "weight_decay", "max_grad_norm"):
-        value = group[name]
-        if isinstance(value, Tensor) and name == "lr" and value.numel() == 1:
-            value = value.item()
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise invalid(name, group[name], "a finite number >= 0")
+    """Refuse Adan's own settings of a param group that are out of range."""
+    for name in ("eps", "max_grad_norm"):
+        check_nonnegative(name, group[name])
     betas = group["betas"]
     if not isinstance(betas, tuple | list) or len(betas) != 3:
         raise invalid("betas", betas, "three numbers in [0, 1)")
@@ -181,6 +166,3 @@ def check_group(group: dict[str, Any], max_grad_norm: float) -> None:
     if group["max_grad_norm"] != max_grad_norm:
         remedy = "Clipping is by the norm over all groups: give it to the constructor."
         raise invalid("max_grad_norm of a param group", group["max_grad_norm"], f"{max_grad_norm!r}, as of all", remedy)
-    for p in group["params"]:
-        if not p.is_floating_point():
-            raise invalid("the dtype of a parameter", p.dtype, "real and floating-point")

@@ -7,10 +7,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from grng.torch_optim import StrictOptimizer, bare_step
+
 from .common import evaluated
 
 
-class Muon(Optimizer):
+class Muon(StrictOptimizer):
     """torch.optim.Muon for hidden weights and AdamW for all other parameters, as one optimizer.
 
     Hidden are the weights of Linear layers, but for that of the last one; embeddings, convolutions (torch's Muon takes
@@ -82,5 +84,5 @@ class Muon(Optimizer):
         """One update; returns what the closure returned."""
         loss = evaluated(closure)
         for part in self._parts:
-            part.step()
+            bare_step(part)
         return loss

@@ -27,6 +27,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.overrides import TorchFunctionMode
 
 from grng.errors import unknown
+from grng.torch_optim import bare_step
 
 from .common import evaluated
 
@@ -167,7 +168,7 @@ class Driven(Optimizer):
         if self.first is not None:
             self.first.step()
         for part in self.parts:
-            part.step()
+            bare_step(part)
         if kept:  # a gradient that holds its graph holds the parameter that holds it
             for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
                 p.grad = p.grad.detach()

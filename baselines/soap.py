@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from grng.errors import invalid
+from grng.errors import check_nonnegative, invalid
+from grng.torch_optim import StrictOptimizer, scalar
 
 from .common import evaluated, refuse_sparse
 
 
-class SOAP(Optimizer):
+class SOAP(StrictOptimizer):
     r"""Adam in the eigenbasis of Shampoo's factors.
 
     For a gradient G with one axis i after the other, G_i its matrix with axis i in front, and Q the bases of all axes:
@@ -73,18 +73,24 @@ class SOAP(Optimizer):
         normalize: bool = False,
         correct_bias: bool = True,
     ) -> None:
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if isinstance(value, bool | str) or not (math.isfinite(value) and value >= 0):
-                raise invalid(name, value, "a finite number >= 0")
-        for name, beta in (("betas", betas[0]), ("betas", betas[1]), ("shampoo_beta", shampoo_beta)):
-            if beta is not None and not 0 <= beta < 1:
-                raise invalid(name, beta, "in [0, 1)")
-        for name, count in (("interval", interval), ("max_dim", max_dim)):
-            if type(count) is not int or count < 1:
-                raise invalid(name, count, "a whole number, at least 1")
         defaults = {"lr": lr, "betas": betas, "shampoo_beta": shampoo_beta, "eps": eps, "weight_decay": weight_decay}
         shape = {"interval": interval, "max_dim": max_dim, "precondition_1d": precondition_1d}
         super().__init__(params, defaults | shape | {"normalize": normalize, "correct_bias": correct_bias})
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_nonnegative("eps", group["eps"])
+        betas = group["betas"]
+        for name, beta in (("betas", betas[0]), ("betas", betas[1]), ("shampoo_beta", group["shampoo_beta"])):
+            if beta is not None and not 0 <= beta < 1:
+                raise invalid(name, beta, "in [0, 1)")
+        for name in ("interval", "max_dim"):
+            if type(group[name]) is not int or group[name] < 1:
+                raise invalid(name, group[name], "a whole number, at least 1")
+
+    def state_dtype(self, p: Tensor) -> torch.dtype:
+        """At least float32: QR and eigh have no others."""
+        return torch.promote_types(p.dtype, torch.float32)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -95,7 +101,7 @@ class SOAP(Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                G = p.grad.to(torch.promote_types(p.dtype, torch.float32))
+                G = p.grad.to(self.state_dtype(p))
                 state = self.state[p]
                 if not state:
                     begin(state, G, group)
@@ -120,7 +126,7 @@ def begin(state: dict[str, Any], G: Tensor, group: dict[str, Any]) -> None:
 
 def update(p: Tensor, state: dict[str, Any], G: Tensor, group: dict[str, Any]) -> None:
     """One step of :class:`SOAP` in place."""
-    (b1, b2), lr, bases = group["betas"], group["lr"], state["bases"]
+    (b1, b2), lr, bases = group["betas"], scalar(group["lr"]), state["bases"]
     state["step"] += 1
     t = int(state["step"])
     M, V = state["exp_avg"].lerp_(G, 1 - b1), state["exp_avg_sq"].lerp_(turned(G, bases).square(), 1 - b2)

@@ -1,29 +1,29 @@
 """Sophia: momentum divided by a clipped diagonal curvature, estimated every few steps; Sophia-G and Sophia-H."""
 
-import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from grng.curvature import Capture, Curvature, Layer, Statistics
 from grng.curvature.engines import Hook
 from grng.curvature.layers import plain_layer
 from grng.curvature.plan import check_model, named_groups
-from grng.errors import invalid
+from grng.distributed import unwrapped
+from grng.errors import check_nonnegative, invalid
 from grng.regularizers.explicit import ProductPass
+from grng.torch_optim import StrictOptimizer, initialises, scalar
 
 from .common import evaluated, refuse_sparse
 
 RNG = ("fisher_rng", "likelihood", "loss_scale")  # of the labels that are drawn, under the first parameter
 
 
-class Sophia(Optimizer):
+class Sophia(StrictOptimizer):
     """What both forms share: settings, and the step
 
     m <- b1 m + (1-b1) g,   w <- (1 - lr wd) w - lr sign(m) min(1, |m| / (rho h + eps))
@@ -31,17 +31,15 @@ class Sophia(Optimizer):
 
     h = "hessian"
 
-    @staticmethod
-    def _check(defaults: dict[str, Any], interval: int) -> dict[str, Any]:
-        for name, value in defaults.items():
-            if name == "betas":
-                if len(value) != 2 or not all(0 <= beta < 1 for beta in value):
-                    raise invalid("betas", value, "two numbers in [0, 1)")
-            elif isinstance(value, bool | str) or not (math.isfinite(value) and value >= 0):
-                raise invalid(name, value, "a finite number >= 0")
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        for name in ("rho", "eps"):
+            check_nonnegative(name, group[name])
+        betas, interval = group["betas"], group["interval"]
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise invalid("betas", betas, "two numbers in [0, 1)")
         if type(interval) is not int or interval < 1:
             raise invalid("interval", interval, "a whole number of steps, at least 1")
-        return defaults | {"interval": interval}
 
     @property
     def interval(self) -> int:
@@ -55,6 +53,14 @@ class Sophia(Optimizer):
             for name in ("exp_avg", self.h):
                 state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return state
+
+    def _only_made(self) -> bool:
+        """Whether step() is asked for nothing but the state, which is made then."""
+        if not initialises(self):
+            return False
+        for p in self._trained():
+            self._moments(p)
+        return True
 
     def _trained(self) -> list[nn.Parameter]:
         """Parameters that have a gradient."""
@@ -80,8 +86,9 @@ class Sophia(Optimizer):
             torch._foreach_div_(ratios, self._denominators(group, curvatures))
             torch._foreach_clamp_max_(ratios, 1.0)
             torch._foreach_mul_(ratios, torch._foreach_sign(means))
-            torch._foreach_mul_(members, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_sub_(members, torch._foreach_mul(ratios, group["lr"]))
+            lr = scalar(group["lr"])
+            torch._foreach_mul_(members, 1 - lr * group["weight_decay"])
+            torch._foreach_sub_(members, torch._foreach_mul(ratios, lr))
             if new and late:
                 torch._foreach_lerp_([h for h, _ in new], [estimate for _, estimate in new], 1 - b2)
 
@@ -108,7 +115,7 @@ class SophiaG(Sophia):
     Published: Liu et al. 2023 (arXiv 2305.14342); rule and defaults are those of the authors' code, whose training
     script takes a forward and backward pass of its own for ĝ and multiplies by a batch size that the user has to give.
     Here a hook on the model's output draws the labels within the user's own backward pass, at the weights before the
-    step, and counts the predictions. ĝ is not clipped. One process: under DDP every rank would use its own ĝ.
+    step, and counts the predictions. ĝ is not clipped. Under DistributedDataParallel it is that of all processes.
 
     Args:
         model: the model that the loop calls; its loss one whose labels can be drawn (cross-entropy, binary
@@ -138,6 +145,8 @@ class SophiaG(Sophia):
     0.1
     """
 
+    as_saved = ("step", *RNG)
+
     def __init__(
         self,
         model: nn.Module,
@@ -152,10 +161,11 @@ class SophiaG(Sophia):
         likelihood: Any = "auto",
         seed: int = 0,
     ) -> None:
+        model = unwrapped(model)
         check_model(model)
         config = Curvature(likelihood=likelihood, capture="hooks", seed=seed)
         defaults = {"lr": lr, "betas": betas, "rho": rho, "eps": eps, "weight_decay": weight_decay}
-        defaults = self._check(defaults, interval)
+        defaults |= {"interval": interval}
         names = {p: name for name, p in model.named_parameters()}
         super().__init__(named_groups(model, params, names), defaults)
         self._sampled: dict[Tensor, Tensor] = {}
@@ -172,6 +182,15 @@ class SophiaG(Sophia):
         """Whether an estimate is taken at the coming step: the interval-th, twice interval-th ..."""
         return self._count() % self.interval == self.interval - 1
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only while it is built, when it hooks into what it trains."""
+        if hasattr(self, "_capture"):
+            raise RuntimeError(
+                "param groups cannot be added to SophiaG, which hooks into its parameters when it is built: call "
+                "close() and build it anew, with the group in params="
+            )
+        super().add_param_group(param_group)
+
     def paused(self) -> AbstractContextManager[None]:
         """A context in which forward and backward passes are not measured."""
         return self._capture.paused()
@@ -186,8 +205,13 @@ class SophiaG(Sophia):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update; returns what the closure returned."""
+        if closure is None and self._only_made():
+            return None
         loss = evaluated(closure)
-        trained, batch, sampled = self._trained(), self._capture.batch, self._sampled
+        trained = self._trained()
+        if self._due():
+            self._share()
+        batch, sampled = self._capture.batch, self._sampled
         if trained and self._due() and (batch is None or not sampled):
             if not self._capture.entered:
                 why = "it saw no forward pass of the model that it was given: call that model, not a part of it"
@@ -201,6 +225,17 @@ class SophiaG(Sophia):
         self._capture.finish_step(self._due())
         return loss
 
+    def _share(self) -> None:
+        """Of several processes: the sum of the gradients over all of them."""
+        processes = self._capture.processes
+        if processes is not None:
+            params = [p for group in self.param_groups for p in group["params"]]
+            kinds = {p: torch.promote_types(p.dtype, torch.float32) for p in params}
+            self._sampled = {p: self._sampled.get(p, torch.zeros_like(p, dtype=kinds[p])) for p in params}
+            rows = processes.rows(self._capture.report(params[0].device))
+            processes.sum_([rows, *self._sampled.values()])
+            self._capture.agree(processes, rows)
+
     def _denominators(self, group: dict[str, Any], curvatures: list[Tensor]) -> list[Tensor]:
         found = torch._foreach_mul(curvatures, group["rho"])
         torch._foreach_add_(found, group["eps"])
@@ -212,13 +247,10 @@ class SophiaG(Sophia):
         self._moments(first).update(self._capture.fisher.state(first.device))
         return super().state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a checkpoint, to the bit."""
-        super().load_state_dict(state_dict)
-        first, saved = self.param_groups[0]["params"][0], state_dict["state"]
-        raw = saved[state_dict["param_groups"][0]["params"][0]]  # torch has cast them to the parameter's dtype
-        self.state[first].update({name: raw[name].clone() for name in RNG})
-        self._capture.fisher.load_state(raw, first.device)
+    def _restore(self, state_dict: dict[str, Any]) -> None:
+        super()._restore(state_dict)
+        first = self.param_groups[0]["params"][0]
+        self._capture.fisher.load_state(self.state[first], first.device)
         self._capture.finish_step(self._due())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -284,7 +316,7 @@ class SophiaH(Sophia):
         seed: int = 0,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "rho": rho, "eps": eps, "weight_decay": weight_decay}
-        defaults = self._check(defaults, interval) | {"distribution": distribution, "seed": seed}
+        defaults |= {"interval": interval, "distribution": distribution, "seed": seed}
         if distribution not in ("gaussian", "rademacher"):
             raise invalid("distribution", distribution, '"gaussian" or "rademacher"')
         super().__init__(params, defaults)
@@ -296,6 +328,8 @@ class SophiaH(Sophia):
         Raises:
             RuntimeError: there is no closure.
         """
+        if closure is None and self._only_made():
+            return None
         if closure is None:
             raise RuntimeError("SophiaH differentiates backward() twice: give step() a closure that calls it")
         measured: dict[Tensor, Tensor] = {}
@@ -339,10 +373,7 @@ class HutchinsonPass(ProductPass):
 
     draw: Callable[[Tensor], Tensor] = field(default=torch.randn_like)
 
-    def _hessian(self, have: list[tuple[nn.Parameter, Tensor]]) -> tuple[Tensor | None, ...]:
-        z = {p: self.draw(p) for p, _ in have}
-        inner = [(g * z[p]).sum() for p, g in have if g.requires_grad]
-        if not inner:  # a loss that is linear in the parameters
-            return (None,) * len(self.parameters)
-        found = torch.autograd.grad(torch.stack(inner).sum(), self.parameters, allow_unused=True)
-        return tuple(None if Hz is None else z[p] * Hz for p, Hz in zip(self.parameters, found, strict=True))
+    def _hessian(self, have: list[tuple[nn.Parameter, Tensor, Tensor]]) -> Sequence[Tensor | None]:
+        drawn = [(p, g, self.draw(p)) for p, g, _ in have]
+        found, z = super()._hessian(drawn), {p: v for p, _, v in drawn}
+        return [None if Hz is None else z[p] * Hz for p, Hz in zip(self.parameters, found, strict=True)]
