@@ -9,6 +9,7 @@ from grng.kernels.average import ema_
 from grng.kernels.columns import Columns, DenseColumns, IndexColumns, Part, by_group, pieces
 from grng.kernels.einsum import contract
 from grng.kernels.gram import gram, squared_gradients
+from grng.kernels.precision import full_precision
 from grng.kernels.precondition import (
     factored_precondition,
     kron_product,
@@ -28,6 +29,7 @@ from grng.kernels.woodbury import (
     propagate_fd,
     propagate_kron_,
     propagate_vd,
+    root_or_nan,
     semidefinite_root,
 )
 
@@ -43,6 +45,7 @@ __all__ = [
     "eigh",
     "ema_",
     "factored_precondition",
+    "full_precision",
     "gain",
     "gram",
     "identity_plus",
@@ -55,6 +58,7 @@ __all__ = [
     "propagate_fd",
     "propagate_kron_",
     "propagate_vd",
+    "root_or_nan",
     "rotate",
     "rotate_back",
     "rotated_diagonal",

@@ -10,7 +10,8 @@ def ema_(average: Tensor, count: Tensor, new: Tensor, decay: float, observed: Te
         count <- count + 1,   average <- average + a (new - average),   a = (1 - b) / (1 - b^count)
 
     so that after the first observation the average *is* that observation, and b = 1 gives the plain mean. Members
-    that were not observed, or whose new value is not finite, keep their average and their count.
+    that were not observed, or whose new value is not finite, keep their average and their count; one whose average is
+    not finite starts anew.
 
     Args:
         average: (k, ...) updated in place.
@@ -25,11 +26,17 @@ def ema_(average: Tensor, count: Tensor, new: Tensor, decay: float, observed: Te
     >>> average.flatten().tolist(), count.tolist()
     ([2.0, 0.0], [2.0, 0.0])
     """
-    finite = torch.isfinite(new.reshape(len(new), -1).sum(1))
-    use = observed & finite
+    use = observed & _finite(new)
+    lost = ~_finite(average)
+    average.masked_fill_(lost.view(-1, *[1] * (average.ndim - 1)), 0)
+    count.masked_fill_(lost, 0)
     count += use
     shown = count.clamp(min=1).double()  # in lower precision the first weight is not exactly 1
     weight = 1 / shown if decay == 1 else (1 - decay) / (1 - decay**shown)
     shape = (-1,) + (1,) * (new.ndim - 1)
     weight = torch.where(use, weight, 0).to(average.dtype).view(shape)
     average.lerp_(torch.where(use.view(shape), new, average), weight)
+
+
+def _finite(stack: Tensor) -> Tensor:
+    return torch.isfinite(stack.reshape(len(stack), -1).sum(1))

@@ -59,6 +59,11 @@ class Columns:
         return None
 
     @property
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """What V is made of: the inputs and e."""
+        raise NotImplementedError
+
+    @property
     def count(self) -> int:
         """m."""
         return self.e.shape[1]
@@ -191,6 +196,10 @@ class DenseColumns(Columns):
     def __init__(self, x: Tensor, e: Tensor, apart: bool = False) -> None:
         self.x, self.e, self.apart = x, e, apart
 
+    @property
+    def parts(self) -> tuple[Tensor, Tensor]:
+        return self.x, self.e
+
     def zeros(self, count: int) -> "DenseColumns":
         k, _, _, n_in = self.x.shape
         x, e = self.x.new_zeros(k, count, 1, n_in), self.e.new_zeros(k, count, 1, self.e.shape[-1])
@@ -281,6 +290,10 @@ class IndexColumns(Columns):
 
     def __init__(self, index: Tensor, e: Tensor, n_in: int) -> None:
         self.index, self.e, self.n_in = index, e, n_in
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor]:
+        return self.index, self.e
 
     @classmethod
     def joined(cls, parts: "Sequence[IndexColumns]", axis: int) -> "IndexColumns":

@@ -18,8 +18,8 @@ def eigh(stack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         stack: (k, n, n) symmetric positive semi-definite up to rounding; what is not finite fails.
 
     Returns:
-        w (k, n) ascending, U (k, n, n), and a bool (k,) that marks members where every attempt failed; their w and U
-        are zero and identity.
+        w (k, n) ascending, U (k, n, n), and a bool (k,) that marks members where every attempt failed: their U is the
+        identity, their w the diagonal, or zero where the member is not finite.
 
     >>> w, U, failed = eigh(torch.tensor([[[2.0, 1.0], [1.0, 2.0]]]))
     >>> [round(v, 4) for v in w[0].tolist()], failed.tolist()
@@ -34,9 +34,15 @@ def eigh(stack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     except torch.linalg.LinAlgError:
         w, U = _one_by_one(stack)
     # LAPACK does not always complain: of a NaN it may make NaN, or finite garbage.
-    failed = ~(torch.isfinite(w).all(1) & torch.isfinite(stack).flatten(1).all(1))
-    w = torch.where(failed.view(-1, 1), 0, w.clamp_(min=0))
+    finite = torch.isfinite(stack).flatten(1).all(1)
+    failed = ~(finite & _sound(w, U))
+    axes = torch.where(finite.view(-1, 1), stack.diagonal(dim1=1, dim2=2), 0)
+    w = torch.where(failed.view(-1, 1), axes, w).clamp_(min=0)
     return w, torch.where(failed.view(-1, 1, 1), torch.eye(n, dtype=U.dtype, device=U.device), U), failed
+
+
+def _sound(w: Tensor, U: Tensor) -> Tensor:
+    return torch.isfinite(w).all(-1) & torch.isfinite(U).flatten(-2).all(-1)
 
 
 def _one_by_one(stack: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,13 +51,15 @@ def _one_by_one(stack: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _eigh_ladder(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    for dtype in (matrix.dtype, torch.float64):
+    damping = 100 * torch.finfo(matrix.dtype).eps * matrix.diagonal().abs().amax()
+    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    for shift, dtype in ((0 * damping, matrix.dtype), (damping, matrix.dtype), (0 * damping, torch.float64)):
         try:
-            w, U = torch.linalg.eigh(matrix.to(dtype))
+            w, U = torch.linalg.eigh((matrix + shift * eye).to(dtype))
         except torch.linalg.LinAlgError:
             continue
-        if bool(torch.isfinite(w).all()):
-            return w.to(matrix.dtype), U.to(matrix.dtype)
+        if bool(_sound(w, U)):
+            return (w - shift).to(matrix.dtype), U.to(matrix.dtype)
     return torch.full_like(matrix[0], torch.nan), matrix
 
 
@@ -64,7 +72,8 @@ def damped_inverse(stack: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
         damping: (k,) positive.
 
     Returns:
-        the inverses (k, n, n) and a bool (k,) that marks the members where even the last attempt failed (identity).
+        the inverses (k, n, n) and a bool (k,) that marks the members where even the last attempt failed: the inverse of
+        their diagonal with the last damping.
 
     >>> X, failed = damped_inverse(torch.tensor([[[2.0, 0.0], [0.0, 14.0]]]), torch.tensor([2.0]))
     >>> X.tolist(), failed.tolist()
@@ -79,6 +88,9 @@ def damped_inverse(stack: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
         again, still = _cholesky_inverse(damped)
         X[failed] = again.to(stack.dtype)
         failed = failed.clone().masked_scatter_(failed, still)
+    if bool(failed.any()):
+        diagonal = stack[failed].diagonal(dim1=1, dim2=2).nan_to_num(0, 0, 0).clamp(min=0)
+        X[failed] = (1 / (diagonal + 1000 * damping[failed].view(-1, 1))).diag_embed()
     return X, failed
 
 

@@ -25,15 +25,25 @@ def gain(gram: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
         projected: V^T q g, (m,).
 
     Returns:
-        z (m,) and the lower Cholesky factor of I_m + V^T q V.
+        z (m,) and the lower Cholesky factor of I_m + V^T q V; NaN where rounding or overflow leaves no such factor.
 
     >>> q, V, g = torch.tensor([2.0]), torch.tensor([[1.0]]), torch.tensor([3.0])
     >>> z, _ = gain(V @ (q * V).T, V @ (q * g))
     >>> round((q * (z @ V - g)).item(), 4)  # -3 / (1/2 + 1)
     -2.0
     """
-    root, _ = torch.linalg.cholesky_ex(identity_plus(gram))  # at least the identity: positive definite
+    root = root_or_nan(identity_plus(gram))
     return torch.cholesky_solve(projected.unsqueeze(1), root).squeeze(1), root
+
+
+def root_or_nan(A: Tensor) -> Tensor:
+    """The lower Cholesky factor, all NaN where `info` says that there is none: what is left there is finite garbage.
+
+    >>> root_or_nan(-torch.eye(1)).item()
+    nan
+    """
+    root, info = torch.linalg.cholesky_ex(A)
+    return root.masked_fill((info != 0)[..., None, None], torch.nan)
 
 
 def identity_plus(gram: Tensor) -> Tensor:

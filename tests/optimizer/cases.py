@@ -74,10 +74,21 @@ def mlp(*sizes: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> nn.Se
     return nn.Sequential(*modules[:-1])
 
 
+class Affine(nn.Module):
+    """A scale and shift of one's own, which have no factors."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight + self.bias
+
+
 def mixed(dtype: torch.dtype = torch.float64, seed: int = 1) -> nn.Sequential:
-    """Two layers of one shape, one of another without bias, and a LayerNorm that the fallback trains."""
+    """Two layers of one shape, one of another without bias, and an `Affine` that the fallback trains."""
     torch.manual_seed(seed)
-    layers = (nn.Linear(4, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3, bias=False))
+    layers = (nn.Linear(4, 4), Affine(4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3, bias=False))
     return nn.Sequential(*layers).to(dtype)
 
 
@@ -140,13 +151,15 @@ def closure_of(
     return closure
 
 
-def train(optimizer: GRNG, model: nn.Module, batches: Iterable[Batch], loss: Loss = cross_entropy) -> list[float]:
+def train(
+    optimizer: torch.optim.Optimizer, model: nn.Module, batches: Iterable[Batch], loss: Loss = cross_entropy
+) -> list[float]:
     """One step a batch, by closure where the method needs one; the losses before the steps."""
     losses = []
     for batch in batches:
         closure = closure_of(optimizer, model, [batch], loss)
-        if optimizer.requires_closure:
-            losses.append(optimizer.step(closure).item())
+        if getattr(optimizer, "requires_closure", False):
+            losses.append(torch.as_tensor(optimizer.step(closure)).item())
         else:
             losses.append(closure().item())
             optimizer.step()
@@ -169,9 +182,13 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 def tensors_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """A copy of every tensor of the state, by parameter number and name."""
-    saved = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": value.detach().clone() for i, state in saved.items() for name, value in state.items()}
+    """A copy of every tensor of the state, by parameter number and name, of a list also by its place."""
+    found = {}
+    for i, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            parts = {f"{name}.{k}": part for k, part in enumerate(value)} if isinstance(value, list) else {name: value}
+            found.update({f"{i}.{part}": tensor.detach().clone() for part, tensor in parts.items()})
+    return found
 
 
 def live_hooks(model: nn.Module) -> int:

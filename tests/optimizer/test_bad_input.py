@@ -22,7 +22,6 @@ from .cases import (
     methods,
     mixed,
     mlp,
-    relative,
     stream,
     tensors_of,
     train,
@@ -245,12 +244,29 @@ def test_step_after_close(method: Method) -> None:
     assert torch.equal(vector(model), before)
 
 
-def test_group_added_later() -> None:
+LATER: list[tuple[Callable[[nn.Module], dict[str, Any]], str]] = [
+    (lambda model: {"params": [nn.Parameter(torch.ones(2))]}, r"params must be parameters of the model.*\(2,\)"),
+    (
+        lambda model: {"params": model[2].requires_grad_(False).parameters()},
+        r"at least one parameter with requires_grad",
+    ),
+    (lambda model: {"params": model[0].parameters()}, r"more than one parameter group"),
+    (lambda model: {"params": model[2].parameters(), "lr": -1.0}, r"lr must be a finite number >= 0.*-1\.0"),
+    (lambda model: {"params": model[2].parameters(), "momentum": 1.0}, r"momentum must be in \[0, 1\).*1\.0"),
+    (lambda model: {"params": model[2].parameters(), "regularizer": 3}, r"'regularizer' must be a dict.*3"),
+]
+
+
+@pytest.mark.parametrize(("group", "message"), LATER, ids=range(len(LATER)))
+def test_group_added_later(group: Callable[[nn.Module], dict[str, Any]], message: str) -> None:
+    """Refused, the optimizer is as it was."""
     model = mlp(4, 5, 3)
     with GRNG(model, params=model[0].parameters()) as optimizer:
-        with pytest.raises(RuntimeError, match=r"param groups cannot be added.*close\(\).*params="):
-            optimizer.add_param_group({"params": model[2].parameters()})
+        wrong = group(model)
+        with pytest.raises(ValueError, match=message):
+            optimizer.add_param_group(wrong)
         assert len(optimizer.param_groups) == 1
+        assert [row.parameter for row in optimizer.coverage()] == ["0.weight", "0.bias"]
 
 
 @methods()
@@ -307,7 +323,7 @@ def spoiled(batch: tuple[Tensor, Tensor], value: float) -> tuple[Tensor, Tensor]
 @methods()
 def test_batch_that_is_not_finite(method: Method, at: int, value: float) -> None:
     """The step is skipped and counted, parameters and state stay to the bit, and training goes on as if the batch had
-    not been there: to the bit where no labels are drawn."""
+    not been there, but for the labels that were drawn for it."""
     batches = stream(4)
     fisher = "mc" if method.kalman else "exact"
     curvature = Curvature(fisher=fisher, stats_every=1, burn_in=0)
@@ -316,15 +332,15 @@ def test_batch_that_is_not_finite(method: Method, at: int, value: float) -> None
         for i, batch in enumerate(batches):
             if i == at:
                 before, weights = tensors_of(optimizer), vector(models[0])
+                drawn = optimizer._capture.fisher.generator(torch.device("cpu")).get_state()
                 train(optimizer, models[0], [spoiled(batch, value)])
+                optimizer._capture.fisher.generator(torch.device("cpu")).set_state(drawn)
                 after = tensors_of(optimizer)
                 changed = [k for k in before if not before[k].allclose(after[k], rtol=0, atol=0, equal_nan=True)]
-                assert {k.split(".", 1)[1] for k in changed} <= {
-                    "grng_steps",
-                    "regularizer_steps",
-                    "grng_skipped",
-                    "fisher_rng",
-                }
+                counters = {"grng_steps", "regularizer_steps", "grng_counts"}
+                # An infinite input may leave an output that is finite, and can be read.
+                passes = {"fisher_rng", "likelihood", "layer_status", "loss_scale"}
+                assert {k.split(".", 1)[1] for k in changed} <= counters | passes
                 assert before.keys() == after.keys()
                 assert torch.equal(vector(models[0]), weights)
                 assert optimizer.diagnostics["skipped"].item() == 1
@@ -335,9 +351,7 @@ def test_batch_that_is_not_finite(method: Method, at: int, value: float) -> None
         assert all(value.isfinite().all() for value in tensors_of(optimizer).values())
     with method(models[1], curvature=curvature, momentum=0.5, weight_decay=0.1) as optimizer:
         train(optimizer, models[1], batches)
-    if not method.kalman:
-        assert torch.equal(vector(models[0]), vector(models[1]))
-    assert relative(vector(models[0]), vector(models[1])) < 0.1
+    assert torch.equal(vector(models[0]), vector(models[1]))
 
 
 @methods("ring", "ring-newton", "kalman-vd", "ekfac")

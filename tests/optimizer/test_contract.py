@@ -55,7 +55,7 @@ def test_group_with_lr_zero_stays(method: Method) -> None:
 
 
 def test_lr_zero_from_the_start_keeps_the_fallback_still() -> None:
-    """A schedule that begins at lr = 0 holds the LayerNorm too."""
+    """A schedule that begins at lr = 0 holds the fallback too."""
     model = mixed()
     with GRNG(model, "kfac", lr=0.0) as optimizer:
         before = vector(model)

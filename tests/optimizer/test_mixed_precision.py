@@ -1,0 +1,227 @@
+"""Low precision is the user's; factors, averages and decompositions stay in float32 or better."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from grng.kernels.precision import MATMULS
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from grng import GRNG, Curvature
+from grng.curvature import Batch, Layer, Statistics
+from grng.preconditioners import Preconditioner
+
+from .cases import ONE_PASS, Method, methods, mixed, relative, stream, tensors_of, vector
+
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+# What is kept of a layer, and what the filter believes.
+FACTORS = ("Lambda", "Gamma", "second", "fisher", "p", "P_in", "P_out")
+SCALES = {"reng-double": 16.0}  # two derivatives of a scaled loss leave float16 sooner
+EXACT = Curvature(fisher="exact", stats_every=1)  # drawn labels would hang on the last bit of the outputs
+
+
+class Loop:
+    """Training under autocast to `autocast`, and under a GradScaler where there is a scale; `inside`: with the backward
+    pass and the step under autocast too."""
+
+    def __init__(
+        self,
+        method: Method,
+        model: nn.Module,
+        autocast: torch.dtype | None = None,
+        scale: float | None = None,
+        inside: bool = False,
+    ) -> None:
+        self.model, self.optimizer = model, method(model, curvature=EXACT)
+        self.autocast = lambda: nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+        self.scaler.scale(torch.zeros(()))  # which makes its scale
+        self.around = self.autocast if inside else nullcontext
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        self.optimizer.zero_grad()
+        with self.around():
+            for each in self.optimizer.passes(self.scaler if self.scaler.is_enabled() else None):
+                with each:
+                    with self.autocast():
+                        loss = cross_entropy(self.model(x), y)
+                    self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def train(self, steps: int) -> Tensor:
+        """How far the parameters move."""
+        before = vector(self.model).double()
+        dtype = next(self.model.parameters()).dtype
+        for x, y in stream(steps, dtype=dtype):
+            self.step(x, y)
+        return vector(self.model).double() - before
+
+
+def factors(optimizer: GRNG) -> dict[str, Tensor]:
+    return {name: t for name, t in tensors_of(optimizer).items() if name.split(".", 1)[1] in FACTORS and t.numel()}
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """To the bit, where NaN stands for what is not settled yet."""
+    return a.allclose(b, rtol=0, atol=0, equal_nan=True)
+
+
+def close(found: dict[str, Tensor], exact: dict[str, Tensor], tolerance: float) -> None:
+    assert found.keys() == exact.keys()
+    for name, value in found.items():
+        assert relative(value.double(), exact[name].double()) < tolerance, name
+
+
+def floating(optimizer: GRNG) -> set[torch.dtype]:
+    return {t.dtype for t in tensors_of(optimizer).values() if t.is_floating_point()}
+
+
+@HALF
+@methods()
+def test_autocast(method: Method, dtype: torch.dtype) -> None:
+    """Factors are float32 and those of float32 training up to the rounding of the passes; the update too."""
+    scale = SCALES.get(method.name, 256.0) if dtype == torch.float16 else None
+    exact, low = Loop(method, mixed(torch.float32)), Loop(method, mixed(torch.float32), dtype, scale)
+    moved = exact.train(1), low.train(1)
+    assert floating(low.optimizer) <= {torch.float32, torch.float64}
+    close(factors(low.optimizer), factors(exact.optimizer), 8 * torch.finfo(dtype).eps)
+    assert relative(moved[1], moved[0]) < 16 * torch.finfo(dtype).eps
+    assert {row.verified for row in low.optimizer.coverage()} <= {"yes", "-"}
+    low.train(4)
+    assert low.optimizer.diagnostics["skipped"].item() == 0
+    assert vector(low.model).isfinite().all()
+
+
+@HALF
+@methods(*ONE_PASS)
+def test_backward_and_step_under_autocast(method: Method, dtype: torch.dtype) -> None:
+    """Where the user's autocast surrounds them too, nothing of GRNG's is cast: the same to the bit."""
+    loops = [Loop(method, mixed(torch.float32), dtype, inside=inside) for inside in (False, True)]
+    moved = [loop.train(3) for loop in loops]
+    outside, inside = (tensors_of(loop.optimizer) for loop in loops)
+    assert outside.keys() == inside.keys()
+    assert [name for name in outside if not outside[name].equal(inside[name])] == []
+    assert torch.equal(*moved)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**12])
+@methods()
+def test_scale_of_the_loss_does_not_matter(method: Method, scale: float) -> None:
+    """A power of two changes no digit of a float32 gradient; N and the gradients are freed of it."""
+    plain, scaled = Loop(method, mixed(torch.float32)), Loop(method, mixed(torch.float32), scale=scale)
+    moved = plain.train(3), scaled.train(3)
+    assert relative(moved[1], moved[0]) < 1e-4
+    close(factors(scaled.optimizer), factors(plain.optimizer), 1e-4)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@methods()
+def test_a_skipped_step_leaves_everything(method: Method, steps: int) -> None:
+    """A scale that overflows float16: no parameter and no state moves but the counters, and the scale is halved."""
+    loop = Loop(method, mixed(torch.float32), torch.float16, SCALES.get(method.name, 256.0))
+    loop.train(steps)
+    before, weights = tensors_of(loop.optimizer), vector(loop.model)
+    loop.scaler.update(2.0**40)
+    loop.train(1)
+    after = tensors_of(loop.optimizer)
+    changed = {name.split(".", 1)[1] for name in after if name not in before or not same(before[name], after[name])}
+    of_the_passes = {"fisher_rng", "likelihood", "loss_scale", "grng_period"}
+    assert changed <= of_the_passes | {"grng_steps", "regularizer_steps", "grng_counts"}
+    assert torch.equal(vector(loop.model), weights)
+    assert loop.optimizer.diagnostics["skipped"].item() == 1
+    assert loop.scaler.get_scale() == 2.0**39
+    loop.scaler.update(SCALES.get(method.name, 256.0))
+    loop.train(2)
+    assert loop.optimizer.diagnostics["skipped"].item() == 1
+    assert not torch.equal(vector(loop.model), weights)
+
+
+@methods()
+def test_bfloat16_weights(method: Method) -> None:
+    """State in float32, and the step of float32 weights of the same values, rounded once."""
+    low = mixed(torch.bfloat16)
+    high = mixed(torch.float32)
+    high.load_state_dict({name: value.float() for name, value in low.state_dict().items()})
+    loops = Loop(method, low), Loop(method, high)
+    for loop in loops:
+        x, y = stream(1, dtype=torch.bfloat16)[0]
+        loop.step(x.to(next(loop.model.parameters()).dtype), y)
+    assert floating(loops[0].optimizer) <= {torch.float32, torch.float64}
+    close(factors(loops[0].optimizer), factors(loops[1].optimizer), 8 * torch.finfo(torch.bfloat16).eps)
+    size = vector(high).abs().max()
+    assert (vector(low).float() - vector(high)).abs().max() < 2 * torch.finfo(torch.bfloat16).eps * size
+    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
+
+
+@methods()
+def test_float64(method: Method) -> None:
+    """Factors follow the parameters into float64, and float32 training is that up to its rounding."""
+    high, low = Loop(method, mixed(torch.float64)), Loop(method, mixed(torch.float32))
+    moved = high.train(2), low.train(2)
+    assert {t.dtype for t in factors(high.optimizer).values()} <= {torch.float64}
+    assert relative(moved[1], moved[0]) < 5e-3
+    close(factors(low.optimizer), factors(high.optimizer), 5e-3)
+
+
+# TF32, which is a setting of the process.
+
+
+@pytest.fixture
+def settings_of_the_process() -> Iterator[None]:
+    before = [matmul.fp32_precision for matmul in MATMULS]
+    yield
+    for matmul, value in zip(MATMULS, before, strict=True):
+        matmul.fp32_precision = value
+
+
+class Watching(Preconditioner):
+    """Notes in what precision matrices are multiplied while it works."""
+
+    def allocate(self) -> None:
+        self.seen: list[tuple[str, ...]] = []
+
+    def _look(self) -> None:
+        self.seen.append((*(matmul.fp32_precision for matmul in MATMULS), str(torch.is_autocast_enabled("cpu"))))
+
+    def observe(self, layer: Layer, statistics: Statistics) -> None:
+        self._look()
+
+    def refresh(self, batch: Batch, decompose: bool) -> None:
+        self._look()
+
+    def precondition(self, gradients: list[Tensor], damping: list[Tensor]) -> list[Tensor]:
+        self._look()
+        return [-g for g in gradients]
+
+
+def raise_in(module: nn.Module, args: Any, output: Tensor) -> None:
+    output.register_hook(lambda g: 1 / 0)
+
+
+@pytest.mark.usefixtures("settings_of_the_process")
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+@pytest.mark.parametrize("setting", ["highest", "high", "medium"])
+def test_factor_products_are_not_rounded(setting: str, fisher: Any) -> None:
+    """In the passes and in the step, while the user's own setting holds before, between and after, errors included."""
+    torch.set_float32_matmul_precision(setting)
+    model, watching = mixed(torch.float32), Watching()
+    mine = [matmul.fp32_precision for matmul in MATMULS]
+    with GRNG(model, "kfac", preconditioner=watching, curvature=Curvature(fisher=fisher)) as optimizer:
+        for x, y in stream(2, dtype=torch.float32):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                cross_entropy(model(x), y).backward()
+                assert [matmul.fp32_precision for matmul in MATMULS] == mine
+                optimizer.step()
+            assert [matmul.fp32_precision for matmul in MATMULS] == mine
+        assert len(watching.seen) >= 2 * 5
+        assert set(watching.seen) == {("ieee", "ieee", "False")}
+        model[0].register_forward_hook(raise_in)
+        with pytest.raises(ZeroDivisionError):
+            cross_entropy(model(x), y).backward()
+        assert [matmul.fp32_precision for matmul in MATMULS] == mine
+    assert torch.get_float32_matmul_precision() == setting
