@@ -1,31 +1,37 @@
 """What ties an optimizer to a model: hooks, layers, the preconditioner's stacks; coverage, state and life cycle."""
 
-import math
+import warnings
 import weakref
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from copy import copy
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from grng.curvature import Capture, Coverage, Curvature, Layer, Statistics
 from grng.curvature.engines import Hook
+from grng.curvature.layers import STATUS
 from grng.curvature.plan import check_model, coverage_of, find_layers, named_groups
 from grng.damping import Damping
-from grng.errors import invalid
+from grng.distributed import several, unwrapped
+from grng.errors import GRNGWarning, check_nonnegative, finite, invalid
+from grng.fallback import make_averages, make_momentum
 from grng.preconditioners import Preconditioner, make_groups
 from grng.regularizers import FrontEnd
+from grng.regularizers.base import check_groups
 from grng.regularizers.frontend import STEPS
+from grng.torch_optim import StrictOptimizer
 
-STATUS = ("pending", "verified", "failed")
-COUNTERS = ("grad_norm", "lam", "kl_scale", "refreshes", "skipped", "uncaptured", "misfit")
+DRIFT = 1e-4  # of |g|^2 and |D|^2 between processes: rounding stays below it
+COUNTS = ("refreshes", "skipped", "uncaptured", "broken")
+COUNTERS = ("grad_norm", "lam", "kl_scale", "misfit", *COUNTS)
 ON_HOST = ("fisher_rng", "likelihood", "layer_status", "grng_steps", "grng_method", "grng_period", STEPS)
-OF_A_PARAMETER = ("momentum", "exp_avg", "exp_avg_sq")
+OF_A_PARAMETER = ("momentum", "exp_avg", "exp_avg_sq", "step")
 
 
-class AttachedOptimizer(Optimizer):
+class AttachedOptimizer(StrictOptimizer):
     """The part of GRNG that is not the step."""
 
     variant: str
@@ -42,14 +48,16 @@ class AttachedOptimizer(Optimizer):
         twice: bool,
     ) -> None:
         """Find the layers, allocate their stacks and hook into the model; nothing is touched where that is refused."""
+        called, model = model, unwrapped(model)  # whose own output is read, and whose names stand in messages
         check_model(model)
+        self._called = weakref.ref(called)
         self._curvature, self._preconditioner = curvature, preconditioner
         self._names = {p: name for name, p in model.named_parameters()}
         super().__init__(named_groups(model, params, self._names), defaults)
         for group in self.param_groups:
-            check_hyperparameters(**{name: group[name] for name in defaults})
             group["base_lr"] = float(group["lr"])
         trainable = {p for group in self.param_groups for p in group["params"]}
+        self._frozen = [p for p in self._names if not p.requires_grad]
         devices = {p.device for p in trainable}
         if len(devices) > 1:
             raise invalid("model", sorted(map(str, devices)), "on one device", "Move it with model.to(device).")
@@ -66,6 +74,7 @@ class AttachedOptimizer(Optimizer):
         self._steps = 0
         self._work = 0.0  # operations of the forward and backward passes of the layers, as the first step shows them
         self._period = 0  # steps between decompositions, once it is known
+        self._made = torch.zeros(2, dtype=torch.float64, device=self._device)  # |g|^2 and |D|^2 of the last step
         self._fresh: set[Layer] = set()  # observed since the last step
         self._current: set[Layer] = set()  # observed for this step
         self._observed: set[Layer] = set()  # ever observed
@@ -78,24 +87,117 @@ class AttachedOptimizer(Optimizer):
         self._preconditioner.observe(layer, statistics)
         self._fresh.add(layer)
 
+    def _share(self) -> None:
+        """Add up what several processes have measured for this step, so that all of them go on alike.
+
+        Raises:
+            RuntimeError: their last steps differ.
+        """
+        processes = self._capture.processes
+        if processes is None and several() and self._steps == 0:
+            warnings.warn(
+                "torch.distributed runs several processes, but no DistributedDataParallel calls the model: each "
+                "measures and steps for itself",
+                GRNGWarning,
+                stacklevel=5,
+            )
+        if processes is None or not self._due():
+            return
+        fresh = torch.tensor([layer in self._fresh for layer in self._layers], dtype=torch.float64)
+        own = [self._made, torch.tensor([self._work], dtype=torch.float64), fresh]
+        device = self._device
+        rows = processes.rows(torch.cat([*(part.to(device) for part in own), self._capture.report(device)]))
+        processes.sum_([rows, *self._preconditioner.pending(), *self._capture.fisher.noise.pending()])
+        gradients, directions, work, *fresh_rows = rows[:, : 3 + len(self._layers)].T.tolist()
+        if max(gradients) > (1 + DRIFT) * min(gradients):
+            raise RuntimeError(
+                f"the processes stepped by different gradients: |g|^2 = {gradients}. Let the last backward() before a "
+                "step be outside of no_sync(), and go through the DistributedDataParallel module"
+            )
+        if max(directions) > (1 + DRIFT) * min(directions):
+            raise RuntimeError(
+                f"the processes made different steps of one gradient: |D|^2 = {directions}. Preconditioner "
+                f"{self._preconditioner.name!r} goes by what observe() saw in its own process: let it collect in a "
+                "self.moment(...), return other sums from pending(), or exchange in share() what cannot be added"
+            )
+        self._work = sum(work) / processes.size
+        self._fresh = {layer for layer, theirs in zip(self._layers, fresh_rows, strict=True) if any(theirs)}
+        self._capture.agree(processes, rows[:, 3 + len(self._layers) :])
+        if self._capture.batch is not None:
+            self._preconditioner.share(processes)
+
     def _forget(self) -> None:
         """Drop what was measured for this step."""
         self._current, self._fresh = set(), set()
         self._preconditioner.discard()
         self._capture.forget()
 
+    @contextmanager
+    def _whole(self, params: Iterable[nn.Parameter]) -> Iterator[None]:
+        """A step on these parameters: where an exception leaves it, they and the state are put back as they were, and
+        what was measured for the step is dropped."""
+        moving = list(params)
+        own = [value for p in moving for name, value in self.state[p].items() if name in OF_A_PARAMETER]
+        # Factors change only where something was measured.
+        tensors = [*moving, *own, *(self._preconditioner.tensors() if self._fresh or self._capture.processes else ())]
+        copies = [t.detach().clone() for t in tensors]
+        names = {p: set(self.state[p]) for p in moving}
+        parts = [(part, dict(vars(part))) for part in (self._damping, self._capture.fisher.noise, self._front)]
+        failures = self._preconditioner.failures
+        numbers = {name: copy(vars(self)[name]) for name in ("_steps", "_period", "_made", "_observed", "_scalars")}
+        try:
+            yield
+        except BaseException:
+            with torch.no_grad():
+                if tensors:
+                    torch._foreach_copy_(tensors, copies)
+            for p in moving:
+                for name in self.state[p].keys() - names[p]:
+                    del self.state[p][name]
+            for part, attributes in parts:
+                vars(part).update(attributes)
+            vars(self).update(numbers)
+            self._preconditioner.failures = failures
+            self._forget()
+            for layer in self._layers:
+                self._preconditioner.load_state(layer, self._preconditioner.state(layer))
+            self._capture.finish_step(self._due())
+            raise
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Only while the optimizer is built, when layers are found and hooked into.
+        """Train further parameters of the model from now on, say those of a layer that is unfrozen. As layers are found
+        when the optimizer is built, these parameters follow the first-order fallback: see :meth:`coverage`.
 
         Raises:
-            RuntimeError: it is called later.
+            ValueError: they are not the model's, or frozen, or trained already.
         """
-        if hasattr(self, "_capture"):
-            raise RuntimeError(
-                "param groups cannot be added to a GRNG optimizer, which finds its layers when it is built: call "
-                "close() and build it anew, with the group in params="
+        if not hasattr(self, "_capture"):  # while it is built
+            super().add_param_group(param_group)
+            return
+        (group,) = named_groups(self._model() or nn.Module(), [param_group], self._names)
+        check_groups(self._front.chain, [group])
+        super().add_param_group(group)
+        added = self.param_groups[-1]
+        added["base_lr"] = float(added["lr"])
+        self._uncovered.update(dict.fromkeys(added["params"], "added after the optimizer was built"))
+        self._frozen = [p for p in self._frozen if p not in set(added["params"])]
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_hyperparameters(**{name: group[name] for name in self.defaults})
+
+    def _warn_unfrozen(self) -> None:
+        """Say once what is trainable by now and not trained."""
+        found = [p for p in self._frozen if p.requires_grad]
+        if found:
+            self._frozen = [p for p in self._frozen if not p.requires_grad]
+            warnings.warn(
+                f"GRNG does not train {', '.join(self._names[p] for p in found)}, frozen when it was built: call "
+                "add_param_group({'params': [...]}) to have them follow the first-order fallback, or close() it and "
+                "build it anew for curvature",
+                GRNGWarning,
+                stacklevel=5,
             )
-        super().add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; what was measured along with these gradients is dropped with them."""
@@ -132,19 +234,31 @@ class AttachedOptimizer(Optimizer):
 
         grad_norm, lam (of the first group), rho, kl_scale (nu), misfit (of the likelihood); and counts: refreshes,
         skipped (steps with a gradient that is not finite), uncaptured (statistics steps that saw no output), failures
-        (decompositions that kept the previous result). With regularizers that take passes also theirs: see
-        `grng.regularizers.Regularized.diagnostics`.
+        (decompositions that kept the previous result, or took the diagonal where there was none), broken (matrices that
+        stayed where they were for a step, because their direction was not finite). With regularizers that take passes
+        also theirs: see `grng.regularizers.Regularized.diagnostics`.
         """
-        failures = getattr(self._preconditioner, "failures", torch.zeros(()))
-        own = {**self._scalars, "rho": self._damping.strength(), "failures": failures}
+        own = {**self._scalars, "rho": self._damping.strength(), "failures": self._preconditioner.failures}
         return {**self._front.diagnostics, **own}
 
     # State and life cycle.
 
     def _link_state(self) -> None:
         """Put the preconditioner's quantities under their parameters, as views."""
+        _ = self.state[self._first]  # torch.distributed.checkpoint asks for a step where there is no state
         for layer in self._layers:
             self.state[layer.owner].update(self._preconditioner.state(layer))
+
+    def _complete_state(self) -> None:
+        """Make what the first step would: a checkpoint is read back by the names that a fresh optimizer's state has."""
+        active = {p for layer in self._layers if layer.active for p in layer.parameters}
+        for group in self.param_groups:
+            for p in group["params"]:
+                like = torch.empty_like(p, dtype=self._curvature.factor_dtype(p))
+                if p not in active:
+                    make_averages(self.state[p], like)
+                elif group["momentum"]:
+                    make_momentum(self.state[p], like)
 
     @property
     def _first(self) -> nn.Parameter:
@@ -155,12 +269,15 @@ class AttachedOptimizer(Optimizer):
 
         Take it between `step()` and the next `backward()`: what a backward pass has measured so far is not in it.
         """
+        self._complete_state()
         for layer in self._layers:
             flags = (STATUS.index(layer.status), layer in self._observed)
-            self.state[layer.owner]["layer_status"] = torch.tensor(flags)
+            for p in layer.parameters:  # torch.distributed.checkpoint takes no parameter without state
+                self.state[p]["layer_status"] = torch.tensor(flags)
         shared = {"grng_steps": torch.tensor(self._steps), **self._damping.state()}
         shared["grng_method"] = torch.tensor(list(self._method.encode()), dtype=torch.uint8)
-        shared["grng_skipped"] = self._scalars["skipped"]
+        counts = [self._scalars[name] for name in COUNTS]
+        shared["grng_counts"] = torch.stack([*counts, self._preconditioner.failures.to(self._device)])
         shared["grng_period"] = torch.tensor(self._period)
         shared |= self._front.state()
         self.state[self._first].update(shared, **self._capture.fisher.state(self._device))
@@ -172,31 +289,9 @@ class AttachedOptimizer(Optimizer):
         Raises:
             ValueError: it was written by another variant or for another model; nothing is changed then.
         """
-        found: list[dict[str, Any]] = []
-
-        def look(_: Optimizer, saved: dict[str, Any]) -> None:
-            self._check_state(saved)
-            found.append(saved)
-
-        # After the user's own hooks on the way in, before them on the way out.
-        hooks = [
-            self.register_load_state_dict_pre_hook(look),
-            self.register_load_state_dict_post_hook(lambda _: self._restore(found[0]), prepend=True),
-        ]
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _saved(self, state_dict: dict[str, Any]) -> dict[nn.Parameter, dict[str, Any]]:
-        """A checkpoint's state by parameter."""
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        return {p: state_dict["state"].get(i, {}) for i, p in zip(ids, params, strict=True)}
+        super().load_state_dict(state_dict)
 
     def _restore(self, state_dict: dict[str, Any]) -> None:
-        # torch has cast every floating tensor to its parameter's dtype, which ruins the factors of a bf16 layer.
         for p, state in self._saved(state_dict).items():
             for name, value in state.items():
                 self.state[p][name] = value.to("cpu" if name in ON_HOST else p.device, copy=True)
@@ -216,7 +311,10 @@ class AttachedOptimizer(Optimizer):
         self._period = int(shared.get("grng_period", self._curvature.inverse_every or self._curvature.stats_every))
         self._damping.load_state(shared)
         self._front.load_state(shared)
-        self._scalars["skipped"] = shared["grng_skipped"].clone()
+        if "grng_counts" in shared:
+            *counts, failures = shared["grng_counts"].clone()
+            self._scalars.update(zip(COUNTS, counts, strict=True))
+            self._preconditioner.failures = failures.cpu()
         self._capture.fisher.load_state(shared, self._device)
         self._link_state()
         self._capture.finish_step(self._due())
@@ -238,7 +336,8 @@ class AttachedOptimizer(Optimizer):
             raise ValueError(f"the checkpoint was written by {written}, but this is {self._method}. {remedy}")
         if self._front.chain and STEPS not in saved[self._first]:
             raise ValueError(f"the checkpoint was written without regularizers: it holds no {STEPS!r}. {remedy}")
-        wanted = {(p, name): p.shape for p in saved for name in OF_A_PARAMETER if name in saved[p]}
+        held = [(p, name) for p in saved for name in OF_A_PARAMETER if name in saved[p]]
+        wanted = {(p, name): torch.Size() if name == "step" else p.shape for p, name in held}
         for layer in self._layers:
             state = {**self._preconditioner.state(layer), "layer_status": torch.zeros(2)}
             wanted.update({(layer.owner, name): value.shape for name, value in state.items()})
@@ -248,6 +347,14 @@ class AttachedOptimizer(Optimizer):
                     f"the checkpoint does not fit {self._names[p]} of the model under {self._method}: {name!r} of "
                     f"shape {tuple(shape)} is expected. {remedy}"
                 )
+        failed = [layer for layer in self._layers if STATUS[int(saved[layer.owner]["layer_status"][0])] == "failed"]
+        if self._capture.fisher.lacks(saved[self._first]) or any(
+            "exp_avg" not in saved[p] for layer in failed for p in layer.parameters
+        ):
+            raise ValueError(
+                "the checkpoint is not whole: torch.distributed.checkpoint.load() reads it by the names that this "
+                "optimizer's state has. Let it make a step before its state is asked for"
+            )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
@@ -270,7 +377,7 @@ def check_hyperparameters(**values: Any) -> None:
     """Numbers of a param group: finite and not negative, momentum below 1."""
     for name, value in values.items():
         if name == "momentum":
-            if isinstance(value, str) or not 0 <= value < 1:
+            if not (finite(value) and 0 <= value < 1):
                 raise invalid(name, value, "in [0, 1)")
-        elif isinstance(value, str) or not (math.isfinite(value) and value >= 0):
-            raise invalid(name, value, "a finite number >= 0")
+        else:
+            check_nonnegative(name, value)

@@ -53,6 +53,7 @@ class Damping:
         if self.settled and not (self.auto_rho and penalty):
             return
         largest = preconditioner.largest_curvature().to(self.rho.dtype)
+        ok = ok & largest.isfinite()
         if self.auto_floor:
             # The filter needs none: its prior is the floor.
             floor = (self.variant.floor * largest).clamp(min=ABSOLUTE_FLOOR if self.variant.floor else 0.0)

@@ -25,9 +25,7 @@ def adamw_directions(
     -1.0
     """
     for g, state in zip(gradients, states, strict=True):
-        if "exp_avg" not in state:
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(g), torch.zeros_like(g)
-            state["step"] = torch.zeros((), dtype=torch.float32, device=g.device)
+        make_averages(state, g)
     m, v, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
     torch._foreach_add_(steps, [ok.to(steps[0].dtype)] * len(steps))
     # Weights in float64: 1 - b2 in float32 is wrong in its fifth digit.
@@ -41,3 +39,16 @@ def adamw_directions(
         t = step.to(torch.float64).clamp(min=1)
         directions.append(-(mean / (1 - betas[0] ** t)) / ((square / (1 - betas[1] ** t)).sqrt() + eps))
     return directions
+
+
+def make_averages(state: dict[str, Tensor], like: Tensor) -> None:
+    """Adam's state of a parameter, in the shape and precision of its gradient, where it is missing."""
+    if "exp_avg" not in state:
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(like), torch.zeros_like(like)
+        state["step"] = torch.zeros((), dtype=torch.float32, device=like.device)
+
+
+def make_momentum(state: dict[str, Tensor], like: Tensor) -> None:
+    """That of a parameter with a direction."""
+    if "momentum" not in state:
+        state["momentum"] = torch.zeros_like(like, memory_format=torch.contiguous_format)

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from grng.attached import AttachedOptimizer, check_hyperparameters
 from grng.curvature import Curvature, Layer
 from grng.damping import Damping, kl_scale, squared_norm
-from grng.errors import GRNGWarning, invalid, unknown
-from grng.fallback import adamw_directions
+from grng.errors import GRNGWarning, finite, invalid, unknown
+from grng.fallback import adamw_directions, make_momentum
+from grng.kernels import full_precision
 from grng.posterior import Posterior
 from grng.preconditioners import Kalman, Preconditioner, make_preconditioner
 from grng.regularizers import Explicit, FrontEnd, Regularizer
 from grng.regularizers.frontend import as_chain, under_scaler
+from grng.torch_optim import scalar
 from grng.variants import find_variant
 
 MODES = ("double", "finite", "ggn")
@@ -112,14 +114,14 @@ class GRNG(AttachedOptimizer):
         momentum = parts.momentum if momentum is None else momentum
         curvature = Curvature() if curvature is None else curvature
         check_hyperparameters(lr=lr, momentum=momentum, weight_decay=weight_decay, fallback_lr=fallback_lr)
-        if rho != "auto" and (isinstance(rho, str) or not (math.isfinite(rho) and rho >= 0)):
+        if not (isinstance(rho, str) and rho == "auto") and not (finite(rho) and rho >= 0):
             raise invalid("rho", rho, 'a finite number >= 0, or "auto"')
         if rho != 0 and parts.regularization is None:
             raise invalid("rho", rho, f"0 for variant {variant!r}", "variant='ring' is kfac with rho.")
         if strength is not None:
             if rho != "auto":
                 raise invalid("strength", strength, f"None with rho={rho!r}", "It is the unit-free rho of rho='auto'.")
-            if not (math.isfinite(strength) and strength >= 0):
+            if not (finite(strength) and strength >= 0):
                 raise invalid("strength", strength, "a finite number >= 0, or None")
             parts = replace(parts, strength=strength)
         if mode is not None and parts.regularization != "penalty":
@@ -168,7 +170,7 @@ class GRNG(AttachedOptimizer):
             chain = (Explicit(self._damping.strength, mode=mode), *chain)
         me = weakref.ref(self)  # no cycle: hooks go with the last reference to the optimizer
         groups = lambda: me().param_groups  # type: ignore[union-attr]  # noqa: E731
-        return FrontEnd(chain, groups, self._model, self._capture.paused, self._capture.note_gradient)
+        return FrontEnd(chain, groups, self._called, self._capture.paused, self._capture.note_gradient)
 
     # The step.
 
@@ -200,7 +202,7 @@ class GRNG(AttachedOptimizer):
             raise RuntimeError("this optimizer was closed and no longer sees its model: build GRNG(model, ...) anew")
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update.
+        """One update, whole or not at all: an exception that leaves it leaves parameters and state as they were before.
 
         Args:
             closure: calls `zero_grad`, the forward pass and `backward`, and returns the loss. Needed by reng in modes
@@ -236,9 +238,9 @@ class GRNG(AttachedOptimizer):
                 self._forget()
                 self._capture.finish_step(self._due())
                 raise
-        with torch.no_grad():
+        with self._whole(gradients), torch.no_grad(), full_precision(self._device):
             self._update(self._front.transform(gradients))
-        self._front.finish()
+            self._front.finish()
         return loss
 
     def _note_scale(self, scale: Tensor | None) -> None:
@@ -271,7 +273,10 @@ class GRNG(AttachedOptimizer):
     def _update(self, gradients: Gradients) -> None:
         if not gradients:
             raise RuntimeError("step() found no gradient: call loss.backward() first, on a loss made by this model")
+        if self._capture.collecting:
+            self._warn_unfrozen()
         self._capture.verify()
+        self._share()
         square_norm = squared_norm(list(gradients.values()))
         ok = torch.isfinite(square_norm)
         if self._new_layers() and not bool(ok):  # a look at the value, while there are layers not measured yet:
@@ -281,6 +286,9 @@ class GRNG(AttachedOptimizer):
             directions, scale = self._precondition(gradients, square_norm, ok)
             self._apply(gradients, directions, scale, ok)
             self._scalars["kl_scale"] = scale
+            if self._capture.processes is not None:
+                length = squared_norm(list(directions.values())) if directions else torch.zeros_like(square_norm)
+                self._made = torch.nan_to_num(torch.stack([square_norm, length.to(square_norm)]).double())
         self._scalars["grad_norm"] = square_norm.sqrt()
         self._scalars["skipped"] = self._scalars["skipped"] + ~ok
         self._steps += 1
@@ -351,15 +359,23 @@ class GRNG(AttachedOptimizer):
             stacks = [G + self._damping.strength().to(G.dtype) * FG for G, FG in zip(stacks, products, strict=True)]
         self._preconditioner.floor = self._damping.floor
         found = self._preconditioner.precondition(stacks, self._lam(stacks, square_norm))
-        masks = self._preconditioner.measured()
-        found = [D.masked_fill(~(ok & mask), 0).contiguous() for D, mask in zip(found, masks, strict=True)]
+        masks = [ok & mask for mask in self._preconditioner.measured()]
+        limit = None if isinstance(self._curvature.kl_clip, str) else self._curvature.kl_clip
+        quadratic = [D.new_zeros(len(D)) for D in found]
+        if limit is not None:
+            quadratic = self._preconditioner.quadratic(stacks, found)
+        # Where factors have overflowed or are not finite, the matrix stays where it is for this step.
+        sound = [(D.sum((1, 2)) + q).isfinite().view(-1, 1, 1) for D, q in zip(found, quadratic, strict=True)]
+        lost = torch.stack([(mask & ~fine).sum() for mask, fine in zip(masks, sound, strict=True)]).sum()
+        self._scalars["broken"] = self._scalars["broken"] + lost
+        masks = [mask & fine for mask, fine in zip(masks, sound, strict=True)]
+        found = [D.masked_fill(~mask, 0).contiguous() for D, mask in zip(found, masks, strict=True)]
         directions = {
             p: D for layer in taking for p, D in layer.views(found[layer.group][layer.slots]) if p in gradients
         }
-        limit = self._curvature.kl_clip
-        if limit is None or isinstance(limit, str):
+        if limit is None:
             return directions, one
-        quadratic = self._preconditioner.quadratic(stacks, found)
+        quadratic = [q.masked_fill(~mask.flatten(), 0) for q, mask in zip(quadratic, masks, strict=True)]
         return directions, kl_scale(limit, self._squared_length(taking, quadratic)).to(one.dtype)
 
     def _stack(self, taking: list[Layer], gradients: Gradients, ok: Tensor) -> list[Tensor]:
@@ -392,9 +408,9 @@ class GRNG(AttachedOptimizer):
         """lr^2 <D, F D> summed over layers, each with the learning rate of its group."""
         rates = {p: group["lr"] for group in self.param_groups for p in group["params"]}
         if len({id(rate) if isinstance(rate, Tensor) else rate for rate in rates.values()}) == 1:
-            rate = next(iter(rates.values()))
+            rate = scalar(next(iter(rates.values())))
             return rate**2 * torch.stack([q.sum() for q in quadratic]).sum()
-        parts = [rates[layer.owner] ** 2 * quadratic[layer.group][layer.slots].sum() for layer in taking]
+        parts = [scalar(rates[layer.owner]) ** 2 * quadratic[layer.group][layer.slots].sum() for layer in taking]
         return torch.stack(parts).sum()
 
     # The update.
@@ -406,7 +422,7 @@ class GRNG(AttachedOptimizer):
             members = [p for p in group["params"] if p in gradients]
             covered = [p for p in members if p in directions]
             others = [p for p in members if p not in directions]
-            lr, decay = group["lr"], group["weight_decay"]
+            lr, decay = scalar(group["lr"]), group["weight_decay"]
             if decay:
                 torch._foreach_mul_(members, (1 - lr * decay * gate).to(members[0].dtype))
             if covered:
@@ -422,8 +438,7 @@ class GRNG(AttachedOptimizer):
         if mu == 0:
             return directions
         for p, D in zip(params, directions, strict=True):
-            if "momentum" not in self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(D, memory_format=torch.contiguous_format)
+            make_momentum(self.state[p], D)
         buffers = [self.state[p]["momentum"] for p in params]
         torch._foreach_mul_(buffers, (1 - (1 - mu) * gate).to(buffers[0].dtype))
         torch._foreach_add_(buffers, directions)

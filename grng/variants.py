@@ -50,6 +50,6 @@ def find_variant(name: str) -> Variant:
     >>> find_variant("ring").preconditioner
     'kfac'
     """
-    if name not in VARIANTS:
+    if not isinstance(name, str) or name not in VARIANTS:
         raise unknown("variant", name, VARIANTS)
     return VARIANTS[name]

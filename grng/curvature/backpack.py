@@ -5,6 +5,7 @@ the length of a forward pass only, and restored handle by handle: the graph keep
 extension is switched on from the output's hook until the backward pass ends.
 """
 
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -53,11 +54,13 @@ def obstacle(model: nn.Module, layers: list[Layer]) -> str | None:
             return f"{where} that works in place"
         if getattr(module, "_backpack_extend", False):
             return f"{name or 'the model'} was extended by somebody else"
+        if module._forward_hooks and kind in _LAYERS:
+            return f"{where} with a forward hook, which may replace its output"
         if id(module) in seen:
             return f"{name} is used more than once"
         seen.add(id(module))
     for layer in layers:
-        if not layer.plain and not layer.module.weight.requires_grad:
+        if not layer.plain and layer.weight is None:
             return f"{layer.name} has a frozen weight"
     return None
 
@@ -77,7 +80,7 @@ class BackpackEngine(HooksEngine):
         self._backpack, self._context = backpack, CTX
         self.capture = capture
         self.handles: list[Any] = []
-        self._by_module = {layer.module: layer for layer in capture.layers if not layer.plain}
+        self._by_module = {layer.module: layer for layer in capture.layers if not layer.plain and layer.host is None}
         self._parameters = list(model.parameters())
         self._extended: list[nn.Module] = []
         self._found: list[Pair] | None = None
@@ -104,6 +107,12 @@ class BackpackEngine(HooksEngine):
 
     def finish(self, current: "Pass", output: Tensor | None) -> None:
         """Take the inputs over: on the modules they would be overwritten by the next forward pass."""
+        error = sys.exception()
+        if error is not None and "modified inplace" in str(error):
+            error.add_note(
+                "GRNG captures by BackPACK, which was asked for and takes no in-place operations on a layer's output: "
+                "use Curvature(capture='auto') or 'hooks'"
+            )
         for module in self._by_module:
             x = getattr(module, "input0", None)
             if isinstance(x, Tensor):
@@ -136,8 +145,8 @@ class BackpackEngine(HooksEngine):
         self, current: "Pass", place: GradientEdge, gradient: Tensor, plain: Sequence[Layer] = ()
     ) -> Iterator[Pair]:
         # BackPACK's module hooks run only where the pass goes through the module, down to its input: ask for the
-        # gradients of all parameters, also of those below that somebody else trains.
-        weights = self._reached()
+        # gradients of all parameters, also of those below that somebody else trains, and of the model's inputs.
+        weights = [*self._reached(), *current.given]
         before, self._current, self._found = self._current, current, []
         try:
             with self._active(self._extension, retain_graph=True):

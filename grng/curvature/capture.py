@@ -20,10 +20,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from grng.curvature.config import Curvature
 from grng.curvature.engines import Hook, HooksEngine, Pair, Use, make_engine
 from grng.curvature.fisher import FisherReader
-from grng.curvature.layers import Layer
+from grng.curvature.layers import STATUS, Layer
 from grng.curvature.likelihood import Reading, tolerance
 from grng.curvature.statistics import Statistics, SummedStatistics
+from grng.distributed import Processes, together
 from grng.errors import GRNGWarning
+from grng.kernels import full_precision
 
 
 @dataclass
@@ -49,6 +51,7 @@ class Pass:
     context: Context = field(default_factory=Context)
     uses: list[Use] = field(default_factory=list)
     inputs: dict[nn.Module, Tensor] = field(default_factory=dict)
+    given: list[Tensor] = field(default_factory=list)  # the model's own inputs, of those that need a gradient
 
     def close(self, keep_graph: bool) -> None:
         """After a backward pass: its rows are counted, and nothing of it stays alive."""
@@ -56,6 +59,7 @@ class Pass:
         self.uses.clear()
         if not keep_graph:
             self.inputs.clear()
+            self.given.clear()
 
 
 @dataclass
@@ -107,7 +111,9 @@ class Capture:
         self._probing = False
         self._unreadable = False  # the step's output gradient is zero or not finite: there is nothing to check against
         self._checks: dict[Layer, Tensor] = {}
+        self._unfit: dict[Layer, str] = {}  # why the rows of a layer cannot be read
         self._delivered: set[Layer] = set()
+        self._idle: set[Layer] = set()  # called with nothing
         self._before: dict[nn.Parameter, Tensor | None] = {}
         self._after: dict[nn.Parameter, Tensor] = {}
         self._precision: dict[Layer, tuple[float, Tensor | float]] = {}
@@ -132,7 +138,10 @@ class Capture:
         if not self.collecting or self._busy or transformed or not torch.is_grad_enabled():
             self.current = None
             return
-        self.current, self.entered = Pass(), True
+        given = [x for x in args if isinstance(x, Tensor) and x.requires_grad]
+        self.current, self.entered = Pass(given=given), True
+        if self.fisher.processes is None:
+            self.fisher.processes = together()
         self.engine.begin()
         if self._probing:
             return
@@ -160,7 +169,7 @@ class Capture:
             return
         f = find_output(output)
         self.engine.finish(current, f)
-        if f is None:
+        if f is None or not f.numel():
             return
         if f.ndim > 0:
             current.context.batch = f.shape[0]
@@ -194,7 +203,7 @@ class Capture:
         place = get_gradient_edge(f)
 
         def gradients(cotangent: Tensor) -> Iterator[tuple[Layer, Statistics]]:
-            with torch.no_grad(), self._nested():
+            with torch.no_grad(), self._nested(f.device):
                 for layer, x, e in self.engine.pairs(current, place, cotangent):
                     yield layer, self._statistics(layer, x, e, current.context)
 
@@ -210,7 +219,7 @@ class Capture:
             return  # the graph is walked again: its labels were drawn and its rows counted; or the step is abandoned
         # The node that runs this hook; holding it from the forward pass on would be a cycle through the graph.
         place = GradientEdge(torch._C._current_autograd_node(), number)
-        with torch.no_grad(), self._nested():
+        with torch.no_grad(), self._nested(f.device):
             gradient = gradient.detach()
             for p in self._before.keys() - self._after.keys():  # they may have been zeroed since the forward pass
                 self._before[p] = None if p.grad is None else p.grad.clone()
@@ -220,8 +229,10 @@ class Capture:
                 self._unreadable = True
                 return
             current.context.normaliser = reading.normaliser
-            current.context.offset = self.batch.samples if self.batch else 0
-            self._count(reading, f)
+            samples = f.shape[0] if f.ndim else 1
+            before = 0 if self.processes is None else self.processes.rank * samples  # in the others' parts of the batch
+            current.context.offset = before + (self.batch.samples if self.batch else 0)
+            self._count(reading, samples)
             self._fisher_passes(current, place, f, gradient)
             for layer, x, e in current.context.waiting:
                 self._deliver_true(layer, x, e, current.context)
@@ -249,10 +260,15 @@ class Capture:
         """Called by the engine with the pairs of the user's own backward pass."""
         if self._busy or not self.collecting or not layer.active:
             return
-        with torch.no_grad():
+        if not e.numel():  # an empty batch, or an expert that nothing was sent to
+            self._idle.add(layer)
+            return
+        with torch.no_grad(), full_precision(e.device):
             e = e.detach()
             if layer.status == "pending":
-                statistics = self._statistics(layer, x, e, context)
+                statistics = self._first_statistics(layer, x, e, context)
+                if statistics is None:
+                    return
                 gradient = statistics.gradient()
                 self._checks[layer] = self._checks[layer] + gradient if layer in self._checks else gradient
                 real = [t for t in (x, e, layer.owner) if t.is_floating_point()]
@@ -275,8 +291,23 @@ class Capture:
             return SummedStatistics(gradient, context.batch or 1)  # type: ignore[return-value]
         return layer.statistics(x, e, context.batch, self.config.factor_dtype(layer.owner))
 
+    def _first_statistics(self, layer: Layer, x: Tensor, e: Tensor, context: Context) -> Statistics | None:
+        """Those of a layer that is not verified: None where its calls are not what its kind promises."""
+        try:
+            return self._statistics(layer, x, e, context)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, LookupError) as error:
+            self._unfit[layer] = str(error).partition("\n")[0]
+            return None
+
     def _deliver(self, layer: Layer, x: Tensor, e: Tensor, context: Context, draw: int = 0) -> None:
-        statistics = self._statistics(layer, x, e, context)
+        if not e.numel():
+            return
+        read = self._first_statistics if layer.status == "pending" else self._statistics
+        statistics = read(layer, x, e, context)
+        if statistics is None:
+            return
         if self.config.sharing == "reduce" and not layer.plain:
             statistics = statistics.reduced()
         statistics.offset, statistics.draw, statistics.drawn = context.offset, draw, not self.fisher.empirical
@@ -285,10 +316,11 @@ class Capture:
         self.sink(layer, statistics)
 
     @contextmanager
-    def _nested(self) -> Iterator[None]:
+    def _nested(self, device: torch.device) -> Iterator[None]:
         self._busy = True
         try:
-            yield
+            with full_precision(device):
+                yield
         finally:
             self._busy = False
 
@@ -302,8 +334,7 @@ class Capture:
         finally:
             self.collecting = collecting
 
-    def _count(self, reading: Reading, f: Tensor) -> None:
-        samples = f.shape[0] if f.ndim else 1
+    def _count(self, reading: Reading, samples: int) -> None:
         if self.batch is None:
             self.batch = Batch(reading.predictions, reading.normaliser, reading.misfit, samples)
             return
@@ -311,6 +342,48 @@ class Capture:
         self.batch.normaliser = reading.normaliser
         self.batch.misfit = torch.maximum(self.batch.misfit, reading.misfit)
         self.batch.samples += samples
+
+    # Several processes.
+
+    @property
+    def processes(self) -> Processes | None:
+        """Those that train the model together, where they are several; known once a forward pass was seen."""
+        return self.fisher.processes
+
+    def report(self, device: torch.device) -> Tensor:
+        """What this process has seen in the step, in numbers."""
+        batch, none = self.batch, torch.zeros((), device=device)
+        seen = (none, none, none) if batch is None else (batch.predictions, batch.normaliser, batch.misfit)
+        samples = 0 if batch is None else batch.samples
+        numbers = [samples, *(STATUS.index(layer.status) for layer in self.layers)]
+        parts = torch.stack([number.double() for number in seen]), self.fisher.report(device), torch.tensor(numbers)
+        return torch.cat([part.to(device, torch.float64) for part in parts])
+
+    def agree(self, processes: Processes, rows: Tensor) -> None:
+        """Go on from everybody's reports, (processes, n), as from those of one process.
+
+        p.grad is the mean of the processes' gradients, so that the gradient of the summed loss is the sum of their N
+        times that: where a process has seen nothing, its N is taken to be that of the others.
+        """
+        (
+            predictions,
+            normaliser,
+            misfit,
+            *_,
+        ) = rows[:, :3].unbind(1)
+        self.fisher.agree(processes, rows[:, 3:6])
+        samples, *statuses = rows[:, 6:].T.tolist()
+        if any(samples):
+            N = normaliser.sum() * processes.size / (normaliser > 0).sum().clamp(min=1)
+            self.batch = Batch(predictions.sum(), N, misfit.amax(), int(sum(samples)))
+        failed = []
+        for layer, theirs in zip(self.layers, statuses, strict=True):
+            worst = STATUS[int(max(theirs))]
+            if worst == "failed" != layer.status:
+                layer.reason = "its capture failed in another process"
+                failed.append(layer)
+            layer.status = worst
+        self._warn(failed)
 
     # The self-check.
 
@@ -356,7 +429,13 @@ class Capture:
                     )
                     failed.append(layer)
                 continue
+            if layer in self._unfit:
+                layer.status, layer.reason = "failed", f"its calls cannot be read: {self._unfit[layer]}"
+                failed.append(layer)
+                continue
             if layer not in self._checks:
+                if layer in self._idle:
+                    continue
                 layer.status, layer.reason = (
                     "failed",
                     "no call was captured: its weights are used outside its forward()",
@@ -380,13 +459,17 @@ class Capture:
                 failed.append(layer)
             else:
                 layer.status = "verified"
+        self._warn(failed)
+        return failed
+
+    @staticmethod
+    def _warn(failed: list[Layer]) -> None:
         for layer in failed:
             warnings.warn(
                 f"GRNG trains {layer.name or 'the model'} by the first-order fallback: {layer.reason}",
                 GRNGWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
-        return failed
 
     def _miss(self, p: nn.Parameter, mine: Tensor, relative: float, absolute: float) -> float:
         """Relative error of the captured gradient of a parameter; 0 where rounding explains it."""
@@ -410,7 +493,9 @@ class Capture:
         self.batch = None
         self._unreadable = False
         self._delivered.clear()
+        self._idle.clear()
         self._checks.clear()
+        self._unfit.clear()
         self._precision.clear()
         self._after.clear()
 
@@ -424,7 +509,7 @@ class Capture:
                 warnings.warn(f"GRNG captures by hooks, {self.engine_reason}", GRNGWarning, stacklevel=3)
         self.forget()
         self._before.clear()
-        self.collecting = collect_next
+        self.collecting, self._busy = collect_next, False  # also where a pass was interrupted
 
     def close(self) -> None:
         """Remove every hook."""

@@ -1,13 +1,12 @@
 """What is measured, how, and how often."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from grng.curvature.noise import check_noise
-from grng.errors import invalid, unknown
+from grng.errors import finite, invalid, unknown
 
 FISHERS = ("mc", "empirical", "exact")
 LIKELIHOODS = ("auto", "categorical", "bernoulli", "gaussian")
@@ -77,11 +76,11 @@ class Curvature:
                 raise unknown(name, getattr(self, name), choices)
         if type(self.draws) is not int or self.draws < 1:
             raise invalid("draws", self.draws, "a whole number, at least 1")
-        if not 0 <= self.ema <= 1:
+        if not (finite(self.ema) and 0 <= self.ema <= 1):
             raise invalid("ema", self.ema, "in [0, 1]")
         for name in ("stats_every", "inverse_every"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if (name, value) != ("inverse_every", None) and (not isinstance(value, int) or value < 1):
                 raise invalid(name, value, "a whole number of steps, at least 1")
         if not isinstance(self.burn_in, int) or self.burn_in < 0:
             raise invalid("burn_in", self.burn_in, "a whole number of steps, at least 0")
@@ -90,12 +89,12 @@ class Curvature:
             word = {"loss_scale": "sum", "kl_clip": "auto"}.get(name)
             if value is None or value == word:
                 continue
-            if isinstance(value, str) or not math.isfinite(value) or value <= 0:
+            if not (finite(value) and value > 0):
                 raise invalid(name, value, "a finite number > 0, or None" + (f', or "{word}"' if word else ""))
         if self.floor is not None:
             if self.damping is not None:
                 raise invalid("floor", self.floor, f"None with damping={self.damping!r}", "Both set lam0.")
-            if isinstance(self.floor, str) or not math.isfinite(self.floor) or self.floor < 0:
+            if not (finite(self.floor) and self.floor >= 0):
                 raise invalid("floor", self.floor, "a finite number >= 0, or None")
         check_noise(self.noise)
         if self.dtype not in (None, torch.float32, torch.float64):

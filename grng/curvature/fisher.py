@@ -9,6 +9,7 @@ from torch import Tensor
 from grng.curvature.config import Curvature
 from grng.curvature.likelihood import CODES, Gaussian, Likelihood, Reading, Unread, declared, detect, tolerance
 from grng.curvature.noise import Noise
+from grng.distributed import Processes
 from grng.errors import GRNGWarning, invalid
 
 MODIFIED = "the model's output was modified in place before the loss"
@@ -22,6 +23,7 @@ class FisherReader:
         reason: how it was found, in words.
         decided: whether it is settled.
         empirical: whether true labels are used, by the settings or because no label can be drawn.
+        processes: those that train the model together, where they are several: they settle everything alike.
     """
 
     def __init__(self, config: Curvature) -> None:
@@ -31,6 +33,8 @@ class FisherReader:
         self.decided = False
         self.empirical = config.fisher == "empirical"
         self.noise = Noise(config.noise, config.ema)
+        self.processes: Processes | None = None
+        self._drawn = 0  # random numbers that were taken since the processes last agreed
         self._loss_scale: Tensor | None = None  # predictions / N, of the last gradient that fitted the likelihood
         self._generators: dict[torch.device, torch.Generator] = {}
 
@@ -97,8 +101,12 @@ class FisherReader:
         Returns:
             None where the gradient is zero or not finite and nothing was settled before.
         """
-        if not self.decided and not self._decide(f, gradient, intact):
-            return None
+        if not self.decided:
+            self._decide(f, gradient, intact)
+            if self.processes is not None:
+                self._settle_together(self.processes, gradient.device)
+            if not self.decided:
+                return None
         if not intact and not self.empirical:
             self._fall_back(MODIFIED)
         likelihood = self.likelihood
@@ -110,7 +118,7 @@ class FisherReader:
             reading.normaliser = one if scale == "sum" else reading.predictions / scale
         elif not isinstance(likelihood, Gaussian | Unread):
             # Where everything is predicted right, rounding hides N in the gradient: what was read before holds on.
-            known = torch.ones_like(reading.misfit) if self._loss_scale is None else self._loss_scale
+            known = torch.ones_like(reading.misfit) if self._loss_scale is None else self._loss_scale.to(reading.misfit)
             trusted = (reading.misfit < tolerance(f, gradient)) & intact
             self._loss_scale = torch.where(trusted, reading.predictions / reading.normaliser, known)
             reading.normaliser = reading.predictions / self._loss_scale
@@ -118,7 +126,7 @@ class FisherReader:
             self.noise.begin(gradient)
             if self.noise.estimated:
                 e = likelihood.residuals(gradient, reading.normaliser)
-                self.noise.observe(e, (e != 0).any(-1, keepdim=True))
+                self.noise.observe(e, (e != 0).any(-1, keepdim=True), self.processes)
             reading.normaliser = reading.normaliser * self.noise.information()
         return reading
 
@@ -143,7 +151,21 @@ class FisherReader:
     def sample(self, f: Tensor, gradient: Tensor) -> Tensor:
         """The gradient at the output, of the summed loss, with labels drawn from the model."""
         assert self.likelihood is not None
-        return self._scored(self.likelihood.sample(f, gradient, self.generator(f.device)))
+        generator, processes = self.generator(f.device), self.processes
+        if processes is None:
+            return self._scored(self.likelihood.sample(f, gradient, generator))
+        # All go through the same numbers and each takes its own, in the order of their parts of the batch: as one
+        # process does for the whole batch (on a CPU, where the parts are of one size and come in one backward pass).
+        count, dtype = self.likelihood.numbers(f), torch.promote_types(f.dtype, torch.float32)
+
+        def skip(others: int) -> None:
+            torch.rand(others * count, generator=generator, dtype=dtype, device=f.device)
+
+        skip(processes.rank)
+        e = self.likelihood.sample(f, gradient, generator)
+        skip(processes.size - processes.rank - 1)
+        self._drawn += processes.size * count
+        return self._scored(e)
 
     def _scored(self, e: Tensor) -> Tensor:
         likelihood = self.likelihood
@@ -157,11 +179,53 @@ class FisherReader:
             self._generators[device] = torch.Generator(device).manual_seed(self.config.seed)
         return self._generators[device]
 
+    # Several processes.
+
+    def _settle_together(self, processes: Processes, device: torch.device) -> None:
+        """The likelihood that the first of them found; and none if one of them found that none fits."""
+        own = torch.tensor([float(self.decided), float(self.empirical), float(self._code)], device=device)
+        rows = processes.rows(own)
+        processes.sum_([rows])
+        found = [(empirical, code) for decided, empirical, code in rows.tolist() if decided]
+        if not found:
+            return
+        empirical, code = next((each for each in found if each[0]), found[0])
+        if not self.decided or code != self._code:
+            kind, dim = CODES[int(code)]
+            self.likelihood, self.reason = kind(dim), "as another process read it"
+        if empirical and not self.empirical:
+            self._fall_back("another process found no likelihood that fits")
+        self.decided = True
+
+    def report(self, device: torch.device) -> Tensor:
+        """What the processes have to agree on at every step with statistics, (3,)."""
+        scale = torch.zeros((), device=device) if self._loss_scale is None else self._loss_scale
+        numbers = torch.tensor([self.empirical, self._drawn], dtype=torch.float64, device=device)
+        return torch.cat([numbers, scale.to(numbers).view(1)])
+
+    def agree(self, processes: Processes, rows: Tensor) -> None:
+        """Take over from all reports, (processes, 3), what is to be the same everywhere."""
+        empirical, drawn, scales = rows.unbind(1)
+        if bool(empirical.any()) and not self.empirical:
+            self._fall_back("another process cannot draw labels")
+        known = scales > 0
+        if self._loss_scale is not None:
+            self._loss_scale = (scales.sum() / known.sum().clamp(min=1)).to(self._loss_scale)
+        if len(set(drawn.tolist())) > 1:  # parts of different sizes: all go on from where one of them has got to
+            generator = self.generator(rows.device)
+            states = processes.gather({"state": generator.get_state().to(rows.device)}, rows.device)
+            generator.set_state(states[int(drawn.argmax())]["state"].cpu())
+        self._drawn = 0
+
+    @property
+    def _code(self) -> int:
+        return next((i for i, (kind, dim) in enumerate(CODES) if self._is(kind, dim)), -1)
+
     def state(self, device: torch.device) -> dict[str, Tensor]:
         """What a resumed run needs: the drawn labels' source, and what was decided about the likelihood."""
-        code = next((i for i, (kind, dim) in enumerate(CODES) if self._is(kind, dim)), -1)
-        flags = torch.tensor([code, int(self.decided), int(self.empirical)])
-        scale = torch.ones((), device=device) if self._loss_scale is None else self._loss_scale
+        flags = torch.tensor([self._code, int(self.decided), int(self.empirical)])
+        one = torch.ones((), dtype=torch.float64, device=device)
+        scale = one if self._loss_scale is None else self._loss_scale
         return {
             "fisher_rng": self.generator(device).get_state(),
             "likelihood": flags,
@@ -169,12 +233,17 @@ class FisherReader:
             **self.noise.state(),
         }
 
+    def lacks(self, state: dict[str, Tensor]) -> bool:
+        """Whether a checkpoint says that a noise was estimated, and not which."""
+        code = int(state["likelihood"][0])
+        return self.noise.weights and code >= 0 and CODES[code][0] is Gaussian and "noise" not in state
+
     def load_state(self, state: dict[str, Tensor], device: torch.device) -> None:
         self.generator(device).set_state(state["fisher_rng"].cpu())
         code, decided, empirical = (int(v) for v in state["likelihood"])
         self.likelihood = None if code < 0 else CODES[code][0](CODES[code][1])
         self.decided, self.empirical = bool(decided), bool(empirical)
-        self._loss_scale = state["loss_scale"].clone()
+        self._loss_scale = state["loss_scale"].to(device, copy=True)
         self.noise.load_state(state)
         self.reason = "as in the checkpoint"
 

@@ -62,6 +62,10 @@ class Likelihood:
         valid = (self.rows(gradient) != 0).any(-1, keepdim=True)
         return self.back(torch.where(valid, self._draw(rows, generator), 0), f)
 
+    def numbers(self, f: Tensor) -> int:
+        """How many random numbers `sample` takes: one an element, unless a class says otherwise."""
+        return f.numel()
+
     def columns(self, f: Tensor, gradient: Tensor) -> Iterator[Tensor]:
         """Gradients whose outer products sum to the exact curvature S at the output: one per output and position."""
         rows = self.rows(f)
@@ -110,6 +114,9 @@ class Categorical(Likelihood):
         threshold = _uniform(f, f.shape[:-1], generator).unsqueeze(-1) * p.sum(-1, keepdim=True)
         label = (p.cumsum(-1) <= threshold).sum(-1).clamp(max=f.shape[-1] - 1)
         return p - _onehot(label, f.shape[-1], f.dtype)
+
+    def numbers(self, f: Tensor) -> int:
+        return self.rows(f)[..., 0].numel()
 
     def _root(self, f: Tensor) -> Tensor:
         p = torch.softmax(f, -1)

@@ -1,12 +1,13 @@
 """R, the noise of a Gaussian likelihood: given, or estimated from the innovations as training goes on."""
 
-import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from grng.errors import invalid
+from grng.distributed import Processes
+from grng.errors import finite, invalid
+from grng.kernels import eigh
 
 KINDS = ("scalar", "diagonal", "full")
 UNIT = 0.5  # the R at which sum of squares is the negative log likelihood
@@ -16,9 +17,9 @@ MEMORY = 200.0  # predictions that an average holds at least
 
 def check_noise(noise: float | str) -> None:
     """A variance, or how it is estimated."""
-    if noise in ("auto", *KINDS):
+    if isinstance(noise, str) and noise in ("auto", *KINDS):
         return
-    if isinstance(noise, str) or not (math.isfinite(noise) and noise > 0):
+    if not (finite(noise) and noise > 0):  # type: ignore[operator]
         raise invalid("noise", noise, 'a finite number > 0, "auto", "scalar", "diagonal" or "full"')
 
 
@@ -61,7 +62,7 @@ class Noise:
         if self.value is None and not self.estimated:
             self.value = like.new_tensor(self._fixed)
 
-    def observe(self, residuals: Tensor, valid: Tensor) -> None:
+    def observe(self, residuals: Tensor, valid: Tensor, processes: Processes | None = None) -> None:
         """Take the residuals (n, C) of one backward pass, where R is estimated; valid (n, 1)."""
         if self.kind == "scalar":
             total = residuals.square().mean(-1).sum()
@@ -70,9 +71,14 @@ class Noise:
             if self.kind == "diagonal":
                 total = total.diagonal().diag()
         count = valid.sum().to(residuals.dtype)
+        if self.value is not None and self._count is not None and self._floor is not None:
+            self.value, self._count, self._floor = (t.to(total) for t in (self.value, self._count, self._floor))
         self._sum = total if self._sum is None else self._sum + total
         self._fresh = count if self._fresh is None else self._fresh + count
         if self.value is None:
+            if processes is not None:  # it serves this very pass
+                total, count = total.clone(), count.clone()
+                processes.sum_([total, count])
             self._count = torch.zeros_like(count)
             first = torch.nan_to_num(total / count.clamp(min=1), nan=UNIT, posinf=UNIT)
             mean = first if first.ndim == 0 else first.diagonal().mean()
@@ -92,6 +98,14 @@ class Noise:
         self._count = torch.where(ok, count, self._count)
         self.forget()
 
+    def pending(self) -> list[Tensor]:
+        """What the step has seen, as sums."""
+        if not self.estimated or self.value is None or self._count is None:
+            return []
+        if self._sum is None or self._fresh is None:
+            self._sum, self._fresh = torch.zeros_like(self.value), torch.zeros_like(self._count)
+        return [self._sum, self._fresh]
+
     def forget(self) -> None:
         """Drop what the step has seen."""
         self._sum = self._fresh = None
@@ -100,8 +114,8 @@ class Noise:
         assert self._floor is not None
         if R.ndim == 0:
             return R.clamp(min=self._floor)
-        w, U = torch.linalg.eigh(torch.nan_to_num(R))
-        return (U * w.clamp(min=self._floor)) @ U.mT
+        w, U, _ = eigh(torch.nan_to_num(R).unsqueeze(0))
+        return (U[0] * w[0].clamp(min=self._floor)) @ U[0].mT
 
     # How it enters.
 
@@ -124,16 +138,19 @@ class Noise:
     def _weight(self, power: float) -> Tensor:
         """A power of (2 R)^{-1}, (C, C)."""
         assert self.value is not None
-        w, U = torch.linalg.eigh(self.value)
-        return (U * (UNIT / w) ** power) @ U.mT
+        w, U, _ = eigh(self.value.unsqueeze(0))
+        return (U[0] * (UNIT / w[0]) ** power) @ U[0].mT
 
     def state(self) -> dict[str, Tensor]:
-        if not self.estimated or self.value is None or self._count is None or self._floor is None:
+        names = ("noise", "noise_count", "noise_floor")
+        if not self.estimated or (self.value is None and self.weights):
             return {}
-        return {"noise": self.value, "noise_count": self._count, "noise_floor": self._floor}
+        if self.value is None or self._count is None or self._floor is None:
+            return {name: torch.zeros((), dtype=torch.float64) for name in names}  # not known yet: no noise is zero
+        return dict(zip(names, (self.value, self._count, self._floor), strict=True))
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        if "noise" in state and self.estimated:
+        if "noise" in state and self.estimated and bool(state["noise"].any()):
             self.value, self._count, self._floor = (
                 state[name].clone() for name in ("noise", "noise_count", "noise_floor")
             )

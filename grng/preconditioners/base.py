@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from grng.curvature import Batch, Curvature, Layer, Statistics
+from grng.distributed import Processes
 from grng.kernels import ema_
 
 
@@ -90,28 +91,36 @@ class Moment(Stacked):
         self.count_values = self.split(self.counts, groups)
         self._sums: list[Tensor | None] = [None] * len(self.stacks)
         self._weights: list[Tensor | None] = [None] * len(self.stacks)
-        self._observed: set[tuple[int, int]] = set()
+        self._seen: list[Tensor | None] = [None] * len(self.stacks)  # 1 where something was added
 
     def add(self, layer: Layer, value: Tensor, weight: Tensor | None = None) -> None:
         """Add a sum over rows (blocks, *shape) and, where rows are counted per matrix, their number (blocks,)."""
         i, start = self.places[layer.group]
         slots = slice(start + layer.slots.start, start + layer.slots.stop)
-        if self._sums[i] is None:
-            self._sums[i] = torch.zeros_like(self.stacks[i])
-            self._weights[i] = torch.zeros_like(self.counts[i])
+        self._begin(i)
         self._sums[i][slots] += value  # type: ignore[index]
+        self._seen[i][slots] = 1  # type: ignore[index]
         if weight is not None:
             self._weights[i][slots] += weight  # type: ignore[index]
-        self._observed.update((i, slot) for slot in range(slots.start, slots.stop))
+
+    def _begin(self, i: int) -> None:
+        if self._sums[i] is None:
+            self._sums[i] = torch.zeros_like(self.stacks[i])
+            self._weights[i], self._seen[i] = torch.zeros_like(self.counts[i]), torch.zeros_like(self.counts[i])
+
+    def pending(self) -> list[Tensor]:
+        """What was added since the last update: tensors of the same shapes in every process."""
+        for i in range(len(self.stacks)):
+            self._begin(i)
+        return [t for tensors in (self._sums, self._weights, self._seen) for t in tensors if t is not None]
 
     def update(self, batch: Batch, by_rows: bool = False) -> None:
         """Fold what was added into the average: sums divided by the batch's predictions, or by the rows that were
         added with them. A batch that is not valid leaves average and count as they are."""
-        for i, (total, rows) in enumerate(zip(self._sums, self._weights, strict=True)):
-            if total is None or rows is None:
+        for i, (total, rows, seen) in enumerate(zip(self._sums, self._weights, self._seen, strict=True)):
+            if total is None or rows is None or seen is None:
                 continue
-            seen = [(i, slot) in self._observed for slot in range(len(total))]
-            observed = torch.tensor(seen, device=total.device) & batch.valid
+            observed = (seen > 0) & batch.valid
             if by_rows:
                 observed &= rows > 0
                 mean = total / rows.clamp(min=1).view(-1, *[1] * (total.ndim - 1))
@@ -124,7 +133,7 @@ class Moment(Stacked):
         """Forget what was added since the last update."""
         self._sums = [None] * len(self.stacks)
         self._weights = [None] * len(self.stacks)
-        self._observed.clear()
+        self._seen = [None] * len(self.stacks)
 
 
 class Preconditioner(ABC):
@@ -167,6 +176,7 @@ class Preconditioner(ABC):
             (), dtype=torch.float64
         )  # a lower bound of every damping to come; NaN while it is not known
         self.saved: dict[str, Stacked] = {}
+        self.failures = torch.zeros(())  # decompositions that found no result
         self.allocate()
 
     def allocate(self) -> None:  # noqa: B027
@@ -208,6 +218,16 @@ class Preconditioner(ABC):
         it is worth while is judged by it. Zero: it may come with all statistics."""
         return 0.0
 
+    # Several processes: between `observe` and `refresh`, on every one of them.
+
+    def pending(self) -> list[Tensor]:
+        """What `observe` has collected that is to be added up over the processes, in place: of the same shapes in all
+        of them. What stands in moments."""
+        return [t for stacked in self.saved.values() if isinstance(stacked, Moment) for t in stacked.pending()]
+
+    def share(self, processes: Processes) -> None:  # noqa: B027
+        """Exchange what `observe` has collected that cannot be added up, by `processes.gather`."""
+
     def discard(self) -> None:
         """Forget observations of a step that is not to be counted."""
         for stacked in self.saved.values():
@@ -223,6 +243,11 @@ class Preconditioner(ABC):
         """A stacked quantity that is saved under `name`."""
         self.saved[name] = Stacked(self.groups, shape, fill)
         return self.saved[name]
+
+    def tensors(self) -> list[Tensor]:
+        """All stacks of what is saved."""
+        counts = [count for stacked in self.saved.values() if isinstance(stacked, Moment) for count in stacked.counts]
+        return [stack for stacked in self.saved.values() for stack in stacked.stacks] + counts
 
     def state(self, layer: Layer) -> dict[str, Tensor]:
         """A layer's part of everything that is saved: views, so that a checkpoint is always current."""

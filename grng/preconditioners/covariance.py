@@ -34,6 +34,9 @@ class Covariance(Protocol):
     def begin(self, first: Tensor, p0: Tensor) -> None:
         """P = p0 I for the matrices (k,) that start now."""
 
+    def sound(self) -> Tensor:
+        """Which matrices (k,) have a P that is finite, and not negative on its diagonal."""
+
     def predict(self, growth: float, noise: float, cap: Tensor) -> None:
         """P_pred = growth P + noise I, at most cap (k,)."""
 
@@ -104,6 +107,10 @@ class Diagonal:
 
     def begin(self, first: Tensor, p0: Tensor) -> None:
         self.p.copy_(torch.where(first.view(-1, 1, 1), p0, self.p))
+
+    def sound(self) -> Tensor:
+        low, high = self.p.flatten(1).aminmax(dim=1)
+        return (low >= 0) & (high < torch.inf)
 
     def predict(self, growth: float, noise: float, cap: Tensor) -> None:
         self._prior = Predicted(self.p, growth, noise, cap.view(-1, 1, 1))
@@ -204,6 +211,11 @@ class Kronecker:
         for P, size in ((self.P_out, 1.0), (self.P_in, p0)):
             eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
             P.copy_(torch.where(first.view(-1, 1, 1), size * eye, P))
+
+    def sound(self) -> Tensor:
+        both = (self.P_out, self.P_in)
+        positive = [(P.diagonal(dim1=1, dim2=2) >= 0).all(1) & P.sum((1, 2)).isfinite() for P in both]
+        return positive[0] & positive[1]
 
     def _mean(self) -> Tensor:
         """tr(P)/d, (k, 1, 1)."""

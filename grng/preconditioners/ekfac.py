@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from grng.curvature import Batch, Layer, Statistics
-from grng.kernels import rotate, rotate_back, rotated_diagonal
+from grng.curvature import Batch, DenseStatistics, IndexStatistics, Layer, Statistics
+from grng.distributed import Processes
+from grng.kernels import rotated_diagonal
 from grng.preconditioners.kfac import KFAC
 from grng.preconditioners.registry import register_preconditioner
 
@@ -35,6 +36,21 @@ class EKFAC(KFAC):
         else:  # the first time there is no basis yet: the rows wait for it
             self._held.append((layer, statistics))
 
+    def share(self, processes: Processes) -> None:
+        """Rows that wait for their basis: everybody's, in all processes."""
+        layers = [layer for group in self.groups for layer in group.layers]
+        if self._based.issuperset(layers):
+            return
+        held = enumerate(self._held)
+        own = {(j, layers.index(layer), k): rows for j, (layer, s) in held for k, rows in enumerate(s.parts)}
+        self._held.clear()
+        for found in processes.gather(own, self.groups[0].device):
+            for (j, i, k), rows in found.items():
+                if k == 0:
+                    layer, e = layers[i], found[j, i, 1]
+                    statistics = IndexStatistics(rows, e, layer.n_in) if layer.indexed else DenseStatistics(rows, e)
+                    self._held.append((layer, statistics))
+
     def _project(self, layer: Layer, statistics: Statistics) -> None:
         U_l = None if layer.indexed else self.U_l.of(layer)
         self.second.add(layer, statistics.squared_gradients(self.U_g.of(layer), U_l))
@@ -56,10 +72,6 @@ class EKFAC(KFAC):
     def spectrum(self) -> list[Tensor]:
         return self.second.values
 
-    def curvature_product(self, gradients: list[Tensor]) -> list[Tensor]:
-        parts = zip(gradients, self.second.values, self.bases(), strict=True)
-        return [_apply(G, s, *bases) for G, s, bases in parts]
-
     def discard(self) -> None:
         super().discard()
         self._held.clear()
@@ -68,7 +80,3 @@ class EKFAC(KFAC):
         super().load_state(layer, state)
         based = bool((state["second.count"] > 0).all())
         (self._based.add if based else self._based.discard)(layer)
-
-
-def _apply(G: Tensor, s: Tensor, U_g: Tensor, U_l: Tensor | None) -> Tensor:
-    return rotate_back(s * rotate(G, U_g, U_l), U_g, U_l)

@@ -1,6 +1,5 @@
 """Regularized Kalman: the parameters are the state of an extended Kalman filter; no d x d matrix is inverted."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -8,8 +7,9 @@ import torch
 from torch import Tensor
 
 from grng.curvature import Batch, Curvature, Layer, Statistics
-from grng.errors import invalid, unknown
-from grng.kernels import Columns, gain, identity_plus
+from grng.distributed import Processes
+from grng.errors import finite, invalid, unknown
+from grng.kernels import Columns, DenseColumns, IndexColumns, eigh, gain, identity_plus, root_or_nan
 from grng.preconditioners.base import Group, Preconditioner
 from grng.preconditioners.covariance import Covariance, Diagonal, Kronecker, Parts, Separate, added
 from grng.preconditioners.registry import register_preconditioner
@@ -82,9 +82,9 @@ class Kalman(Preconditioner):
         process_noise: float = 0.0,
         p_max: float = 30.0,
     ) -> None:
-        if p0 is not None and not (math.isfinite(p0) and p0 > 0):
+        if p0 is not None and not (finite(p0) and p0 > 0):
             raise invalid("p0", p0, "a finite number > 0, or None")
-        if not 0 <= gamma < 1:
+        if not (finite(gamma) and 0 <= gamma < 1):
             raise invalid("gamma", gamma, "in [0, 1)")
         if not isinstance(groups, int) or groups < 1:
             raise invalid("groups", groups, "a whole number, at least 1")
@@ -99,9 +99,9 @@ class Kalman(Preconditioner):
                 raise unknown(name, value, choices)
         if covariance == "kron" and projection == "fd":
             raise invalid("projection", projection, '"vd" with covariance="kron"', "Both are projections in KL.")
-        if not (math.isfinite(process_noise) and process_noise >= 0):
+        if not (finite(process_noise) and process_noise >= 0):
             raise invalid("process_noise", process_noise, "a finite number >= 0")
-        if not (math.isfinite(p_max) and p_max >= 1):
+        if not (finite(p_max) and p_max >= 1):
             raise invalid("p_max", p_max, "a finite number >= 1")
         self.p0, self.gamma, self.covariance, self.columns, self.groups_of_samples = (
             p0,
@@ -166,6 +166,33 @@ class Kalman(Preconditioner):
         columns = statistics.columns(groups)
         columns.apart = columns.apart and self.projection == "vd"  # fd's two terms are of one V
         key = *whose, statistics.draw, -1 if grouped else statistics.offset
+        self._keep(layer, key, columns)
+
+    def share(self, processes: Processes) -> None:
+        """Take in everybody's columns: groups of samples go on from process to process, samples stand side by side."""
+        layers = [layer for group in self.groups for layer in group.layers]
+        own: dict[Any, Tensor] = {}
+        for i, layer in enumerate(layers):
+            own |= {("sum", i, draw): gradient for draw, gradient in self._sums.get(layer, {}).items()}
+            for key, parts in self._seen.get(layer, {}).items():
+                for j, columns in enumerate(parts):
+                    name = i, key, j, columns.apart
+                    own["inputs", name], own["e", name] = columns.parts
+        self._forget()
+        for rank, found in enumerate(processes.gather(own, self.groups[0].device)):
+            for (kind, *name), tensor in found.items():
+                if kind == "sum":
+                    i, draw = name
+                    sums = self._sums.setdefault(layers[i], {})
+                    sums[draw] = sums[draw] + tensor if draw in sums else tensor
+                elif kind == "inputs":
+                    i, (*whose, offset), _, apart = name[0]
+                    layer, e = layers[i], found["e", name[0]]
+                    columns = IndexColumns(tensor, e, layer.n_in) if layer.indexed else DenseColumns(tensor, e)
+                    columns.apart = apart
+                    self._keep(layer, (*whose, offset if offset < 0 else offset * processes.size + rank), columns)
+
+    def _keep(self, layer: Layer, key: Key, columns: Columns) -> None:
         self._widths[key] = columns.count
         self._seen.setdefault(layer, {}).setdefault(key, []).append(columns)
 
@@ -188,9 +215,12 @@ class Kalman(Preconditioner):
         batch leaves it as it was."""
         self._commit()  # a step that asked for no direction
         self._batch, self._parts = batch, self._gather()
+        measured = [part for parts in self._parts for _, part in parts]
+        batch.valid = torch.stack([batch.valid, *map(_finite, measured)]).all()
         if not self._settled:
             self._settle(batch.valid)
         for covariance, start in zip(self._covariances, self.start.values, strict=True):
+            covariance.begin(~covariance.sound(), start.view(-1, 1, 1))  # what is no covariance starts anew
             covariance.predict(1 / (1 - self.gamma), self.process_noise, self.p_max * start)
         self._open = True
 
@@ -201,7 +231,9 @@ class Kalman(Preconditioner):
         assert self._batch is not None
         valid, pairs = self._batch.valid, list(zip(self._covariances, self._parts, strict=True))
         grams = [gram for covariance, parts in pairs if (gram := covariance.prior_gram(parts)) is not None]
-        root = torch.linalg.cholesky_ex(identity_plus(torch.stack(grams).sum(0)))[0] if grams else None
+        root = root_or_nan(identity_plus(torch.stack(grams).sum(0))) if grams else None
+        if root is not None:
+            valid = valid & root[0, 0].isfinite()
         for covariance, parts in pairs:
             covariance.commit(parts, root, valid)
         for seen in self.seen.stacks:
@@ -218,7 +250,7 @@ class Kalman(Preconditioner):
             # Few samples give exact columns no large eigenvalue, drawn labels one that is all of the trace.
             assert self._batch is not None
             share = gram.trace() / min(self._batch.samples, FEW)
-            sizes.append(torch.maximum(torch.linalg.eigvalsh(gram)[-1], share))
+            sizes.append(torch.maximum(eigh(gram.unsqueeze(0))[0].amax(), share))
         largest = torch.stack(sizes).amax()
         p0 = START / largest.clamp(min=torch.finfo(largest.dtype).tiny)
         for start, covariance in zip(self.start.values, self._covariances, strict=True):
@@ -249,7 +281,7 @@ class Kalman(Preconditioner):
             return [self._information(self.gamma or 1.0).to(lam.dtype) * lam for lam in damping]
         for total, lam in zip(self.fading.values, damping, strict=True):
             new = (1 - self.gamma) * total + self._information(1.0).to(lam.dtype) * lam
-            total.copy_(torch.where(self._batch.valid, new, total))
+            total.copy_(torch.where(self._batch.valid & new.isfinite(), new, total))
         return [total.clone() for total in self.fading.values]
 
     def _information(self, gamma: float) -> Tensor:
@@ -291,6 +323,12 @@ class Kalman(Preconditioner):
     def spread(self, layer: Layer, columns: Any) -> Tensor:
         """v^T P v for every column v of one layer, (m,)."""
         return self._covariances[layer.group].spread(layer.slots, columns)
+
+
+def _finite(part: Any) -> Tensor:
+    """Whether what a batch says about some matrices is finite: columns, or squares of a gradient."""
+    tensors = [part] if isinstance(part, Tensor) else [t for t in vars(part).values() if isinstance(t, Tensor)]
+    return torch.stack([t.sum().isfinite() for t in tensors]).all()
 
 
 def _stacked(parts: list[tuple[slice, Any]], group: Group) -> Parts:

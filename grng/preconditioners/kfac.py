@@ -65,7 +65,6 @@ class KFAC(Preconditioner):
         else:
             self.X_l = self.buffer("X_l", lambda g: (g.n_in,) if g.indexed else (g.n_in, g.n_in))
             self.X_g = self.buffer("X_g", lambda g: (g.n_out, g.n_out))
-        self.failures = torch.zeros(())
         self._stale = False
         self._valid = torch.ones((), dtype=torch.bool)
         self._curvature: list[Tensor] = []
@@ -93,7 +92,8 @@ class KFAC(Preconditioner):
                 w.copy_(torch.where(self._valid, stack, w))
                 continue
             new_w, new_U, failed = eigh(stack)
-            keep = (failed | ~self._valid).view(-1, 1, 1)  # where every attempt failed, the previous basis stays
+            # Where every attempt failed, the previous basis stays; before the first one it is the axes.
+            keep = (failed & (w.sum(1) != 0) | ~self._valid).view(-1, 1, 1)
             w.copy_(torch.where(keep.squeeze(2), w, new_w))
             U.copy_(torch.where(keep, U, new_U))
             self.failures = self.failures + failed.sum().cpu()
@@ -167,29 +167,36 @@ class KFAC(Preconditioner):
                 X.copy_(torch.where(self._valid, new, X))
 
     def _inverse(self, stack: Tensor, previous: Tensor, shift: Tensor) -> Tensor:
-        if self.solver == "newton":
-            damped = stack + shift.view(-1, 1, 1) * torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
-            X, _, residual = newton_inverse(damped, previous)
-            open_ = ~(residual < 1e-2)  # ill-conditioned beyond 25 rounds: Cholesky takes over
-            if not bool(open_.any()):
-                return X
-            X[open_] = damped_inverse(stack[open_], shift[open_])[0]
-            return X
+        if self.solver != "newton":
+            return self._cholesky(stack, previous, shift)
+        damped = stack + shift.view(-1, 1, 1) * torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
+        X, _, residual = newton_inverse(damped, previous)
+        open_ = ~(residual < 1e-2)  # ill-conditioned beyond 25 rounds: Cholesky takes over
+        if bool(open_.any()):
+            X[open_] = self._cholesky(stack[open_], previous[open_], shift[open_])
+        return X
+
+    def _cholesky(self, stack: Tensor, previous: Tensor, shift: Tensor) -> Tensor:
+        """Inverses; where that fails the previous ones, and before the first ones that of the diagonal."""
         X, failed = damped_inverse(stack, shift)
         self.failures = self.failures + failed.sum().cpu()
-        return torch.where(failed.view(-1, 1, 1), previous, X)
+        keep = failed & (previous.flatten(1) != 0).any(1)
+        return torch.where(keep.view(-1, 1, 1), previous, X)
 
     def decomposition_cost(self) -> float:
         sizes = (n for g in self.groups for n in (*([] if g.indexed else [g.n_in]), g.n_out) for _ in range(g.size))
         return COSTS[self.solver] * sum(n**3 for n in sizes)
 
     def curvature_product(self, gradients: list[Tensor]) -> list[Tensor]:
+        if self.solver == "eigen":  # the F that is inverted: with a younger one F^{-1} F g could be anything
+            parts = zip(gradients, self.spectrum(), self.bases(), strict=True)
+            return [rotate_back(s * rotate(G, *both), *both) for G, s, both in parts]
         factors = zip(gradients, self.Gamma.values, self.Lambda.values, strict=True)
         return [kron_product(G, Gamma, Lambda) for G, Gamma, Lambda in factors]
 
     def load_state(self, layer: Layer, state: dict[str, Tensor]) -> None:
         super().load_state(layer, state)
-        self._kept = None
+        self._kept, self._stale = None, False
 
     def measured(self) -> list[Tensor]:
         # By what the last decomposition saw: a factor may have been measured only since.

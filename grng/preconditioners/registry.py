@@ -53,10 +53,10 @@ def make_preconditioner(which: str | Preconditioner, **settings: Any) -> Precond
                 f"settings {sorted(settings)} belong to the constructor of the {which.name!r} that was passed"
             )
         return which
-    if which not in _registry:
+    if isinstance(which, str) and which not in _registry:
         for point in entry_points(group=ENTRY_POINTS):
             if point.name == which:
                 register_preconditioner(which)(point.load())
-    if which not in _registry:
+    if not isinstance(which, str) or which not in _registry:
         raise unknown("preconditioner", which, available_preconditioners())
     return _registry[which](**settings)

@@ -3,7 +3,7 @@ r"""Explicit gradient regularization: the gradient of the loss plus a penalty on
 L + rho/2 \|grad L\|^2  ->  g + rho H g           L + rho \|grad L\|  ->  g + rho H g / \|g\|
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from grng.curvature.capture import find_output
+from grng.distributed import Processes, together
 from grng.errors import invalid, unknown
 from grng.regularizers.base import FirstPass, Gradients, Note, Parameters, Passes
 from grng.regularizers.gnp import TINY, scaled
@@ -98,7 +99,8 @@ class Explicit(Passes):
     def first_pass(self, parameters: Parameters, model: nn.Module | None, note: Note, t: int) -> FirstPass:
         if not self.from_graph or not self.strength_ramp(t):
             return FirstPass()
-        return ProductPass(parameters.tensors, self.takes(parameters), model if self.mode == "ggn" else None, note)
+        read = model if self.mode == "ggn" else None
+        return ProductPass(parameters.tensors, self.takes(parameters), read, note, self.sync)
 
     def displacement(self, parameters: Parameters, first: Gradients, t: int) -> list[Tensor]:
         if self.normalize:
@@ -141,14 +143,18 @@ class Explicit(Passes):
 class ProductPass(FirstPass):
     """A first pass whose backward() leaves gradients that can be differentiated once more, and the products H g or G g.
 
-    Without the reference cycle of `backward(create_graph=True)`.
+    Without the reference cycle of `backward(create_graph=True)`. Of several processes, whose gradients
+    DistributedDataParallel averages in a backward() alone, H is the mean, and g too.
     """
 
     parameters: list[nn.Parameter]
     taking: list[bool]
     model: nn.Module | None  # given for Gauss-Newton products, whose output is read
     note: Note
+    sync: bool = True
+    processes: Processes | None = None
     gradients: list[Tensor | None] | None = None
+    directions: list[Tensor | None] = field(default_factory=list)
     loss: Tensor | None = None
     output: Tensor | None = None
     calls: int = 0
@@ -172,10 +178,19 @@ class ProductPass(FirstPass):
         for p, g in zip(self.parameters, found, strict=True):
             if g is not None:
                 self.note(p, g)
-                if p.grad is None:
-                    p.grad = g.detach().clone()
-                else:
-                    p.grad.add_(g.detach())
+        self.directions = self._averaged([None if g is None else g.detach() for g in found])
+        for p, v in zip(self.parameters, self.directions, strict=True):
+            if v is not None:
+                p.grad = v.clone() if p.grad is None else p.grad.add_(v)
+
+    def _averaged(self, tensors: list[Tensor | None]) -> list[Tensor | None]:
+        """The mean over the processes; zero stands for what only others have."""
+        if self.processes is None:
+            return tensors
+        pairs = zip(self.parameters, tensors, strict=True)
+        found = [torch.zeros_like(p) if t is None else t.clone() for p, t in pairs]
+        self.processes.average_(found)
+        return list(found)
 
     def further(self, paused: Callable[[], AbstractContextManager[None]]) -> list[dict[nn.Parameter, Tensor]]:
         if self.gradients is None or self.loss is None:
@@ -183,8 +198,8 @@ class ProductPass(FirstPass):
                 "modes 'double' and 'ggn' found no gradient: call loss.backward() first, in that spelling: it is what "
                 "they differentiate twice"
             )
-        pairs = zip(self.parameters, self.gradients, self.taking, strict=True)
-        have = [(p, g) for p, g, taken in pairs if g is not None and taken]
+        triples = zip(self.parameters, self.gradients, self.directions, self.taking, strict=True)
+        have = [(p, g, v) for p, g, v, taken in triples if g is not None and v is not None and taken]
         with torch.enable_grad(), paused():
             try:
                 found = self._hessian(have) if self.model is None else self._gauss_newton(have)
@@ -198,15 +213,17 @@ class ProductPass(FirstPass):
                     "variant 'reng' mode 'finite')"
                 ) from error
         self.gradients = self.loss = self.output = None
+        self.directions, found = [], self._averaged(list(found))
         return [{p: h for p, h in zip(self.parameters, found, strict=True) if h is not None}]
 
-    def _hessian(self, have: list[tuple[nn.Parameter, Tensor]]) -> tuple[Tensor | None, ...]:
-        norm = torch.stack([g.square().sum() for _, g in have]).sum() if have else torch.zeros(())
-        if not norm.requires_grad:  # a loss that is linear in the parameters
+    def _hessian(self, have: list[tuple[nn.Parameter, Tensor, Tensor]]) -> Sequence[Tensor | None]:
+        along = [(g, v) for _, g, v in have if g.requires_grad]
+        if not along:  # a loss that is linear in the parameters
             return (None,) * len(self.parameters)
-        return torch.autograd.grad(norm / 2, self.parameters, allow_unused=True)
+        gradients, directions = zip(*along, strict=True)
+        return torch.autograd.grad(gradients, self.parameters, directions, allow_unused=True)
 
-    def _gauss_newton(self, have: list[tuple[nn.Parameter, Tensor]]) -> tuple[Tensor | None, ...]:
+    def _gauss_newton(self, have: list[tuple[nn.Parameter, Tensor, Tensor]]) -> Sequence[Tensor | None]:
         r"""J^T H_f J g with f the model's output: J g is the derivative of the linear map v -> <J^T v, g> at any v."""
         if self.output is None or self.calls != 1:
             raise RuntimeError(
@@ -216,8 +233,8 @@ class ProductPass(FirstPass):
         f, loss = self.output, self.loss
         assert loss is not None
         v = torch.zeros_like(f, requires_grad=True)
-        back = torch.autograd.grad(f, [p for p, _ in have], v, create_graph=True, allow_unused=True)
-        inner = [(b * g.detach()).sum() for b, (_, g) in zip(back, have, strict=True) if b is not None]
+        back = torch.autograd.grad(f, [p for p, _, _ in have], v, create_graph=True, allow_unused=True)
+        inner = [(b * g).sum() for b, (_, _, g) in zip(back, have, strict=True) if b is not None]
         (Jg,) = torch.autograd.grad(torch.stack(inner).sum(), v, retain_graph=True)
         (df,) = torch.autograd.grad(loss, f, create_graph=True)
         if not df.requires_grad:  # a loss that is linear in the output
@@ -249,6 +266,8 @@ class _Context(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.Tensor.backward:
+            if self.owner.sync and self.owner.processes is None:  # inside a forward pass it can be told
+                self.owner.processes = together()
             return func(*args, **(kwargs or {}))
         self.owner.backward(*args, **(kwargs or {}))
         return None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from grng.distributed import average_, unsynchronised
-from grng.errors import invalid
+from grng.errors import check_real, invalid
 from grng.regularizers.base import (
     Facts,
     Gradients,
@@ -102,6 +102,7 @@ class FrontEnd:
     def check(self) -> None:
         """Refuse what cannot work: a missing model or missing names, and wrong settings of a param group."""
         check_groups(self.chain, self._groups())
+        check_real(p for group in self._groups() for p in group["params"])
         model = self._model()
         for part in self.chain:
             if part.needs_model and model is None:
@@ -363,7 +364,7 @@ def as_chain(regularizers: Regularizer | Iterable[Regularizer] | None) -> tuple[
     """
     if regularizers is None:
         return ()
-    found = (regularizers,) if isinstance(regularizers, Regularizer) else tuple(regularizers)
+    found = tuple(regularizers) if isinstance(regularizers, list | tuple | Iterator) else (regularizers,)
     for part in found:
         if not isinstance(part, Regularizer):
             raise TypeError(f"a regularizer must be one of grng.regularizers, but is: {part!r}")

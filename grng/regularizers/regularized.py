@@ -12,7 +12,9 @@ from torch.optim import Optimizer
 from grng.errors import invalid
 from grng.regularizers.base import Regularizer, global_norm
 from grng.regularizers.frontend import STEPS, FrontEnd, under_scaler
+from grng.torch_optim import bare_step, initialises
 
+SKIPPED = "regularizer_skipped"
 SHARED_HOOKS = (
     "_optimizer_step_pre_hooks",
     "_optimizer_step_post_hooks",
@@ -194,6 +196,9 @@ class Regularized(Optimizer):
 
     def _step(self, closure: Callable[[], Any] | None, scaled: bool) -> Any:
         front, loss = self._front, None
+        if closure is None and initialises(self.base):  # no step of ours, and no passes
+            bare_step(self.base)
+            return None
         if closure is not None:
             loss, gradients = front.evaluate(closure)
         else:
@@ -222,10 +227,7 @@ class Regularized(Optimizer):
         try:
             for p in params:
                 p.grad = gradients.get(p)
-            step = type(self.base).step
-            # Without the profiler's wrapper, which would fire the global hooks and ours a second time.
-            (step.__wrapped__ if getattr(step, "hooked", False) else step)(self.base)  # type: ignore[attr-defined]
-            self.base._opt_called = True  # type: ignore[attr-defined]  # for a scheduler that is built over the base
+            bare_step(self.base)
         finally:
             for p, g in zip(params, held, strict=True):
                 p.grad = g
@@ -245,12 +247,13 @@ class Regularized(Optimizer):
     # State.
 
     def state_dict(self) -> dict[str, Any]:
-        """The base's state_dict; what the regularizers need stands under the first parameter."""
+        """The base's state_dict; what the regularizers need stands under every parameter, of which
+        torch.distributed.checkpoint wants all to have state, or none."""
 
         def add(_: Optimizer, state_dict: dict[str, Any]) -> None:
-            first = state_dict["param_groups"][0]["params"][0]
-            own = dict(state_dict["state"].get(first, {}))
-            state_dict["state"] = {**state_dict["state"], first: own | self._front.state()}
+            every = [p for group in state_dict["param_groups"] for p in group["params"]]
+            saved, own = state_dict["state"], {**self._front.state(), SKIPPED: torch.tensor(self.skipped)}
+            state_dict["state"] = {**saved, **{p: {**saved.get(p, {}), **own} for p in every}}
 
         hook = self.base.register_state_dict_post_hook(add, prepend=True)  # before the user's own
         try:
@@ -268,22 +271,30 @@ class Regularized(Optimizer):
 
         def take(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             first = saved["param_groups"][0]["params"][0]
-            own = dict(saved["state"].get(first, {}))
+            own = saved["state"].get(first, {})
             if STEPS not in own:
                 raise ValueError(
                     f"the checkpoint was written without regularizers: it holds no {STEPS!r} under the first "
                     "parameter. Load it by optimizer.base.load_state_dict(...), and the regularizers start at step 0"
                 )
-            found.append({STEPS: own.pop(STEPS)})
-            rest = {key: value for key, value in saved["state"].items() if key != first}
-            return {**saved, "state": {**rest, **({first: own} if own else {})}}
+            found.append({STEPS: own[STEPS], SKIPPED: own.get(SKIPPED, torch.tensor(0))})
+            rest = {p: {n: v for n, v in state.items() if n not in found[0]} for p, state in saved["state"].items()}
+            return {**saved, "state": {p: state for p, state in rest.items() if state}}
 
-        hook = self.base.register_load_state_dict_pre_hook(take)  # after the user's own
+        def restore(_: Optimizer) -> None:
+            self._front.load_state(found[0])
+            self.skipped = int(found[0][SKIPPED])
+
+        # After the user's own hooks on the way in, before them on the way out.
+        hooks = [
+            self.base.register_load_state_dict_pre_hook(take),
+            self.base.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
         try:
             self.base.load_state_dict(state_dict)
         finally:
-            hook.remove()
-        self._front.load_state(found[0])
+            for hook in hooks:
+                hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         settings = {"regularizer": list(self.regularizers), "model": self.model, "skip_nonfinite": self.skip_nonfinite}

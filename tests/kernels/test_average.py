@@ -88,3 +88,14 @@ def test_works_on_views_in_place() -> None:
     ema_(whole[1:3], counts[1:3], torch.ones(2, 2), 0.9, torch.ones(2, dtype=torch.bool))
     assert whole.sum(1).tolist() == [0, 2, 2, 0, 0]
     assert counts.tolist() == [0, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("observed", [True, False])
+def test_an_average_that_is_not_finite_starts_anew(observed: bool, bad: float) -> None:
+    """With the next observation, as the first one; the other members go on."""
+    average, count = torch.tensor([[2.0, bad], [2.0, 2.0]]), torch.full((2,), 5.0)
+    ema_(average, count, torch.full((2, 2), 4.0), 0.5, torch.tensor([observed, True]))
+    assert average[0].tolist() == ([4, 4] if observed else [0, 0])
+    assert count.tolist() == [float(observed), 6]
+    assert average[1].tolist() == pytest.approx([2 + 2 * 0.5 / (1 - 0.5**6)] * 2)

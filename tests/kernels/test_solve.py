@@ -96,15 +96,37 @@ def test_eigh_tries_float64(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("n", [4, 40])
 def test_eigh_marks_what_resists(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Zero and identity for that member, the others as ever."""
+    """The diagonal and the axes for that member, the others as ever."""
     stack = torch.stack([with_spectrum(*spread(-1, 1, n)) for _ in range(3)])
     stack[1] *= 1000
     stubborn(monkeypatch, lambda A: A.abs().max() > 50)
     w, U, failed = eigh(stack)
     assert failed.tolist() == [False, True, False]
-    assert torch.equal(w[1], torch.zeros(n))
+    assert torch.equal(w[1], stack[1].diagonal().clamp(min=0))
     assert torch.equal(U[1], torch.eye(n))
     torch.testing.assert_close((U[::2] * w[::2].unsqueeze(1)) @ U[::2].mT, stack[::2])
+
+
+def test_eigh_takes_more_damping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before float64: a multiple of the identity, which is taken off the eigenvalues again."""
+    stack = with_spectrum(*spread(-1, 1, 4), dtype=torch.float32)[None]
+    calls = stubborn(monkeypatch, lambda A: torch.equal(A.reshape(4, 4), stack[0]))
+    w, U, failed = eigh(stack)
+    assert not failed.any()
+    assert (torch.float64, 2) not in calls
+    torch.testing.assert_close((U * w.unsqueeze(1)) @ U.mT, stack, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [4, 40])
+def test_eigh_that_gives_nan(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an error, of a matrix that is well: seen, and treated as one that does not converge."""
+    known = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda A: (known(A)[0], known(A)[1] * float("nan")))
+    stack = torch.stack([with_spectrum(*spread(-1, 1, n)) for _ in range(2)])
+    w, U, failed = eigh(stack)
+    assert failed.all()
+    assert torch.equal(w, stack.diagonal(dim1=1, dim2=2))
+    assert torch.equal(U, torch.eye(n).expand(2, -1, -1))
 
 
 @pytest.mark.parametrize("n", [4, 40])
@@ -165,12 +187,14 @@ def test_damped_inverse_of_the_indefinite_takes_more_damping(
 
 @DTYPES
 def test_damped_inverse_marks_what_resists(dtype: torch.dtype) -> None:
-    """The identity, finite and flagged; the caller keeps the previous inverse."""
+    """The inverse of the diagonal with the last damping, finite and flagged; the caller keeps the previous inverse."""
     stack = torch.stack([with_spectrum(1, 2, 3), with_spectrum(-5000, 1, 1), with_spectrum(1, 1, 1)]).to(dtype)
     stack[2, 0, 0] = float("nan")
     X, failed = damped_inverse(stack, torch.ones(3, dtype=dtype))
     assert failed.tolist() == [False, True, True]
-    assert torch.equal(X[1:], torch.eye(3, dtype=dtype).repeat(2, 1, 1))
+    for j in (1, 2):
+        diagonal = stack[j].diagonal().nan_to_num(0).clamp(min=0)
+        torch.testing.assert_close(X[j], (1 / (diagonal + 1000)).diag())
     torch.testing.assert_close(X[0], torch.linalg.inv(stack[0] + torch.eye(3, dtype=dtype)))
 
 
