@@ -133,27 +133,20 @@ class AttachedOptimizer(StrictOptimizer):
         self._capture.forget()
 
     @contextmanager
-    def _whole(self, params: Iterable[nn.Parameter]) -> Iterator[None]:
-        """A step on these parameters: where an exception leaves it, they and the state are put back as they were, and
-        what was measured for the step is dropped."""
-        moving = list(params)
-        own = [value for p in moving for name, value in self.state[p].items() if name in OF_A_PARAMETER]
+    def _whole(self) -> Iterator[None]:
+        """The part of a step before anything is moved: where an exception leaves it, factors and counts are put back as
+        they were, and what was measured for the step is dropped."""
         # Factors change only where something was measured.
-        tensors = [*moving, *own, *(self._preconditioner.tensors() if self._fresh or self._capture.processes else ())]
-        copies = [t.detach().clone() for t in tensors]
-        names = {p: set(self.state[p]) for p in moving}
+        tensors = self._preconditioner.tensors() if self._fresh or self._capture.processes else []
+        copies = [t.clone() for t in tensors]
         parts = [(part, dict(vars(part))) for part in (self._damping, self._capture.fisher.noise, self._front)]
         failures = self._preconditioner.failures
-        numbers = {name: copy(vars(self)[name]) for name in ("_steps", "_period", "_made", "_observed", "_scalars")}
+        numbers = {name: copy(vars(self)[name]) for name in ("_period", "_made", "_observed", "_scalars")}
         try:
             yield
         except BaseException:
-            with torch.no_grad():
-                if tensors:
-                    torch._foreach_copy_(tensors, copies)
-            for p in moving:
-                for name in self.state[p].keys() - names[p]:
-                    del self.state[p][name]
+            if tensors:
+                torch._foreach_copy_(tensors, copies)
             for part, attributes in parts:
                 vars(part).update(attributes)
             vars(self).update(numbers)

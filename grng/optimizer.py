@@ -202,7 +202,7 @@ class GRNG(AttachedOptimizer):
             raise RuntimeError("this optimizer was closed and no longer sees its model: build GRNG(model, ...) anew")
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update, whole or not at all: an exception that leaves it leaves parameters and state as they were before.
+        """One update. An exception before the last, in-place arithmetic on the parameters leaves all as it was.
 
         Args:
             closure: calls `zero_grad`, the forward pass and `backward`, and returns the loss. Needed by reng in modes
@@ -238,9 +238,9 @@ class GRNG(AttachedOptimizer):
                 self._forget()
                 self._capture.finish_step(self._due())
                 raise
-        with self._whole(gradients), torch.no_grad(), full_precision(self._device):
-            self._update(self._front.transform(gradients))
-            self._front.finish()
+        with torch.no_grad(), full_precision(self._device):
+            self._update(gradients)
+        self._front.finish()
         return loss
 
     def _note_scale(self, scale: Tensor | None) -> None:
@@ -271,6 +271,18 @@ class GRNG(AttachedOptimizer):
         return {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
 
     def _update(self, gradients: Gradients) -> None:
+        with self._whole():
+            gradients = self._front.transform(gradients)
+            directions, scale, square_norm, ok = self._directions(gradients)
+        self._apply(gradients, directions, scale, ok)
+        self._scalars["kl_scale"] = scale
+        self._scalars["grad_norm"] = square_norm.sqrt()
+        self._scalars["skipped"] = self._scalars["skipped"] + ~ok
+        self._steps += 1
+        self._capture.finish_step(self._due())
+
+    def _directions(self, gradients: Gradients) -> tuple[Gradients, Tensor, Tensor, Tensor]:
+        """Fold in what was measured, and make directions: also nu, ||g||^2 and whether the gradient is finite."""
         if not gradients:
             raise RuntimeError("step() found no gradient: call loss.backward() first, on a loss made by this model")
         if self._capture.collecting:
@@ -281,18 +293,13 @@ class GRNG(AttachedOptimizer):
         ok = torch.isfinite(square_norm)
         if self._new_layers() and not bool(ok):  # a look at the value, while there are layers not measured yet:
             self._forget()  # they count as measured from their first finite step on
-        else:
-            self._refresh(ok, square_norm)
-            directions, scale = self._precondition(gradients, square_norm, ok)
-            self._apply(gradients, directions, scale, ok)
-            self._scalars["kl_scale"] = scale
-            if self._capture.processes is not None:
-                length = squared_norm(list(directions.values())) if directions else torch.zeros_like(square_norm)
-                self._made = torch.nan_to_num(torch.stack([square_norm, length.to(square_norm)]).double())
-        self._scalars["grad_norm"] = square_norm.sqrt()
-        self._scalars["skipped"] = self._scalars["skipped"] + ~ok
-        self._steps += 1
-        self._capture.finish_step(self._due())
+            return {}, self._scalars["kl_scale"], square_norm, ok
+        self._refresh(ok, square_norm)
+        directions, scale = self._precondition(gradients, square_norm, ok)
+        if self._capture.processes is not None:
+            length = squared_norm(list(directions.values())) if directions else torch.zeros_like(square_norm)
+            self._made = torch.nan_to_num(torch.stack([square_norm, length.to(square_norm)]).double())
+        return directions, scale, square_norm, ok
 
     def _decompose(self) -> bool:
         """Whether decompositions are due: early on at steps 0, 1, 2, 4, 8, ..., when the averages change most; then at

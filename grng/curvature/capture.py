@@ -6,7 +6,6 @@ first time a layer is seen, the pair of the user's own backward pass must reprod
 uses of e x^T == the change of p.grad. A layer where it does not falls to the first-order fallback, visibly.
 """
 
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from grng.curvature.check import SelfCheck, warn
 from grng.curvature.config import Curvature
 from grng.curvature.engines import Hook, HooksEngine, Pair, Use, make_engine
 from grng.curvature.fisher import FisherReader
 from grng.curvature.layers import STATUS, Layer
-from grng.curvature.likelihood import Reading, tolerance
+from grng.curvature.likelihood import Reading
 from grng.curvature.statistics import Statistics, SummedStatistics
 from grng.distributed import Processes, together
 from grng.errors import GRNGWarning
@@ -110,13 +110,8 @@ class Capture:
         self._probed: tuple[Pass, Tensor] | None = None  # the last forward pass, where only that is wanted
         self._probing = False
         self._unreadable = False  # the step's output gradient is zero or not finite: there is nothing to check against
-        self._checks: dict[Layer, Tensor] = {}
-        self._unfit: dict[Layer, str] = {}  # why the rows of a layer cannot be read
+        self._check = SelfCheck()
         self._delivered: set[Layer] = set()
-        self._idle: set[Layer] = set()  # called with nothing
-        self._before: dict[nn.Parameter, Tensor | None] = {}
-        self._after: dict[nn.Parameter, Tensor] = {}
-        self._precision: dict[Layer, tuple[float, Tensor | float]] = {}
         self.engine, self.engine_reason = make_engine(config.capture, self, model, twice)
         self._handles = [
             model.register_forward_pre_hook(Hook(self, "_enter")),
@@ -147,18 +142,7 @@ class Capture:
             return
         for layer in self.layers:
             if layer.status == "pending":
-                self._note_before(layer)
-
-    def _note_before(self, layer: Layer) -> None:
-        """Keep the gradients that a backward pass will add to; where those that it left were changed, start anew."""
-        changed = any(p in self._after and not same(p.grad, self._after[p]) for p in layer.parameters)
-        if changed:
-            self._checks.pop(layer, None)
-            self._precision.pop(layer, None)
-        for p in layer.parameters:
-            if changed or p not in self._before:
-                self._before[p] = None if p.grad is None else p.grad.detach().clone()
-                self._after.pop(p, None)
+                self._check.begin(layer)
 
     def _taken(self, *state_dict: Any) -> None:
         pass
@@ -221,8 +205,7 @@ class Capture:
         place = GradientEdge(torch._C._current_autograd_node(), number)
         with torch.no_grad(), self._nested(f.device):
             gradient = gradient.detach()
-            for p in self._before.keys() - self._after.keys():  # they may have been zeroed since the forward pass
-                self._before[p] = None if p.grad is None else p.grad.clone()
+            self._check.begin_backward()
             intact = f._version == version
             reading = self.fisher.read(f, gradient, intact)
             if reading is None:
@@ -261,7 +244,7 @@ class Capture:
         if self._busy or not self.collecting or not layer.active:
             return
         if not e.numel():  # an empty batch, or an expert that nothing was sent to
-            self._idle.add(layer)
+            self._check.idle(layer)
             return
         with torch.no_grad(), full_precision(e.device):
             e = e.detach()
@@ -269,12 +252,7 @@ class Capture:
                 statistics = self._first_statistics(layer, x, e, context)
                 if statistics is None:
                     return
-                gradient = statistics.gradient()
-                self._checks[layer] = self._checks[layer] + gradient if layer in self._checks else gradient
-                real = [t for t in (x, e, layer.owner) if t.is_floating_point()]
-                rounding = 20 * max(torch.finfo(t.dtype).eps for t in real) * statistics.magnitude()
-                known = self._precision.get(layer, (0.0, 0.0))
-                self._precision[layer] = max(known[0], tolerance(*real)), known[1] + rounding
+                self._check.add(layer, x, e, statistics)
             if context.normaliser is None:
                 context.waiting.append((layer, x, e))
             else:
@@ -298,7 +276,7 @@ class Capture:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, TypeError, LookupError) as error:
-            self._unfit[layer] = str(error).partition("\n")[0]
+            self._check.unfit(layer, error)
             return None
 
     def _deliver(self, layer: Layer, x: Tensor, e: Tensor, context: Context, draw: int = 0) -> None:
@@ -365,12 +343,7 @@ class Capture:
         p.grad is the mean of the processes' gradients, so that the gradient of the summed loss is the sum of their N
         times that: where a process has seen nothing, its N is taken to be that of the others.
         """
-        (
-            predictions,
-            normaliser,
-            misfit,
-            *_,
-        ) = rows[:, :3].unbind(1)
+        predictions, normaliser, misfit = rows[:, :3].unbind(1)
         self.fisher.agree(processes, rows[:, 3:6])
         samples, *statuses = rows[:, 6:].T.tolist()
         if any(samples):
@@ -383,109 +356,31 @@ class Capture:
                 layer.reason = "its capture failed in another process"
                 failed.append(layer)
             layer.status = worst
-        self._warn(failed)
+        warn(failed)
 
     # The self-check.
 
     def _note_gradient(self, p: nn.Parameter) -> None:
-        if p in self._before and self.collecting and not self._busy and p.grad is not None:
-            self.note_gradient(p, p.grad)
+        if self.collecting and not self._busy and p.grad is not None:
+            self._check.note(p, p.grad)
 
     def note_gradient(self, p: nn.Parameter, gradient: Tensor) -> None:
         """The gradient that the backward pass left, before anybody clips or rescales it."""
-        if p in self._before:
-            self._after[p] = gradient.detach().clone()
+        self._check.note(p, gradient)
 
     def abandon_step(self) -> None:
         """Neither count nor compare what this step has seen, nor what is still to come in it."""
         self.collecting, self.batch = False, None
-        self._before.clear()
-        self._after.clear()
+        self._check.end()
 
     def verify(self) -> list[Layer]:
-        """Compare what was captured with what autograd accumulated; returns the layers that failed.
-
-        It looks at values, once a layer.
-        """
-        failed: list[Layer] = []
+        """Compare what was captured with what autograd accumulated; returns the layers that failed."""
         if self._unreadable:
-            return failed
+            return []
         pending = [layer for layer in self.layers if layer.status == "pending"]
         if not pending:
             self._remove(self._check_handles)
-        for layer in pending:
-            arrived = [p for p in layer.parameters if p in self._after]
-            if not arrived:
-                continue
-            if layer.plain:
-                if layer in self._delivered:
-                    layer.status = "verified"  # autograd's own gradient
-                elif self.batch is not None:
-                    layer.status = "failed"
-                    layer.reason = (
-                        "no label can be drawn for its curvature"
-                        if self.fisher.empirical
-                        else "the loss reaches it, but not through the model's output that is read"
-                    )
-                    failed.append(layer)
-                continue
-            if layer in self._unfit:
-                layer.status, layer.reason = "failed", f"its calls cannot be read: {self._unfit[layer]}"
-                failed.append(layer)
-                continue
-            if layer not in self._checks:
-                if layer in self._idle:
-                    continue
-                layer.status, layer.reason = (
-                    "failed",
-                    "no call was captured: its weights are used outside its forward()",
-                )
-                failed.append(layer)
-                continue
-            relative, absolute = self._precision[layer]
-            errors = [self._miss(p, mine, relative, float(absolute)) for p, mine in layer.views(self._checks[layer])]
-            if any(math.isnan(error) for error in errors):
-                continue  # not finite: the step is skipped, the layer is checked at the next
-            if max(errors) > 0:
-                layer.status = "failed"
-                layer.reason = (
-                    f"the captured pair misses the gradient by {max(errors):.2g} (shared or transformed "
-                    "weights, or derivatives of the model in the loss)"
-                )
-                failed.append(layer)
-            elif self.batch is not None and layer not in self._delivered:
-                layer.status = "failed"
-                layer.reason = "the loss reaches its weights, but not through the model's output that is read"
-                failed.append(layer)
-            else:
-                layer.status = "verified"
-        self._warn(failed)
-        return failed
-
-    @staticmethod
-    def _warn(failed: list[Layer]) -> None:
-        for layer in failed:
-            warnings.warn(
-                f"GRNG trains {layer.name or 'the model'} by the first-order fallback: {layer.reason}",
-                GRNGWarning,
-                stacklevel=4,
-            )
-
-    def _miss(self, p: nn.Parameter, mine: Tensor, relative: float, absolute: float) -> float:
-        """Relative error of the captured gradient of a parameter; 0 where rounding explains it."""
-        if p not in self._after:
-            return 0.0
-        before = self._before[p]
-        theirs = self._after[p] if before is None else self._after[p] - before
-        # Under accumulation the difference carries the rounding errors of what was there before.
-        size = float(theirs.norm()) + (0.0 if before is None else float(before.norm()))
-        stray = (mine - theirs).flatten()
-        error = float(stray.norm())
-        if error > relative * size + absolute:
-            # A weight penalty in the loss adds a multiple of the weights, which no layer sees.
-            w = p.detach().flatten().to(stray.dtype)
-            error = float((stray - w * (stray @ w / (w @ w).clamp(min=1e-30))).norm())
-        return 0.0 if error <= relative * size + absolute else error / max(size, 1e-30)
+        return self._check.judge(pending, self._delivered, self.batch is not None, self.fisher.empirical)
 
     def forget(self) -> None:
         """Drop what backward passes have delivered for this step, not the forward passes that wait for theirs."""
@@ -493,11 +388,7 @@ class Capture:
         self.batch = None
         self._unreadable = False
         self._delivered.clear()
-        self._idle.clear()
-        self._checks.clear()
-        self._unfit.clear()
-        self._precision.clear()
-        self._after.clear()
+        self._check.forget()
 
     def finish_step(self, collect_next: bool) -> None:
         """Forget this step's passes, and say whether the next one is measured."""
@@ -508,7 +399,7 @@ class Capture:
             if self.config.capture == "backpack":
                 warnings.warn(f"GRNG captures by hooks, {self.engine_reason}", GRNGWarning, stacklevel=3)
         self.forget()
-        self._before.clear()
+        self._check.end()
         self.collecting, self._busy = collect_next, False  # also where a pass was interrupted
 
     def close(self) -> None:
@@ -523,10 +414,6 @@ class Capture:
         for handle in handles:
             handle.remove()
         handles.clear()
-
-
-def same(a: Tensor | None, b: Tensor) -> bool:
-    return a is not None and torch.equal(a, b)
 
 
 def find_output(output: Any) -> Tensor | None:

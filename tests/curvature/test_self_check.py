@@ -228,8 +228,8 @@ def test_a_layer_is_checked_once(engine: str) -> None:
     for hooks in (1, 1, 0):
         assert all(len(p._post_accumulate_grad_hooks or ()) == hooks for p in model.parameters())
         attached.step(lambda: cross_entropy(model(x), y).backward())
-        assert not attached.capture._before
-        assert not attached.capture._after
+        assert not attached.capture._check._before
+        assert not attached.capture._check._after
     attached.capture.close()
 
 

@@ -355,7 +355,7 @@ def step_hook(register: str) -> Callable[[Run], Any]:
 
 @contextmanager
 def each_line(optimizer: GRNG, act: Callable[[], None]) -> Iterator[None]:
-    """Call `act` before every line of the package that runs once a step has its gradients."""
+    """Call `act` before every line of the package that runs between a step's gradients and its last arithmetic."""
 
     def local(frame: Any, event: str, arg: Any) -> Any:
         if event == "line":
@@ -366,17 +366,17 @@ def each_line(optimizer: GRNG, act: Callable[[], None]) -> Iterator[None]:
         name = frame.f_code.co_filename
         return local if "/grng/" in name or "/kernels/" in name else None
 
-    known = optimizer._update
+    known = optimizer._directions
 
-    def update(*args: Any) -> None:
+    def directions(*args: Any) -> Any:
         before = sys.gettrace()
         sys.settrace(enter)
         try:
-            known(*args)
+            return known(*args)
         finally:
             sys.settrace(before)
 
-    with patched(optimizer, "_update", update):
+    with patched(optimizer, "_directions", directions):
         yield
 
 
