@@ -5,13 +5,18 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?= compare-out
 
-.PHONY: compare test lint clean
+.PHONY: compare test coverage lint clean
 
 compare: .venv/installed
 	$(BIN)/grng compare --out $(OUT) --resume
 
+# One process a core, each with one thread.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+coverage: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --cov=grng --cov=kernels --cov=baselines --cov-branch \
+		--cov-report=term-missing:skip-covered
 
 lint: .venv/installed
 	$(BIN)/ruff check .

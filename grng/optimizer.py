@@ -34,8 +34,8 @@ class GRNG(AttachedOptimizer):
     r"""Gradient-regularized natural gradients, as an ordinary torch optimizer.
 
     .. math::
-        D = -(F + \lambda I)^{-1} g, \qquad m \leftarrow \mu m + D, \qquad
-        \theta \leftarrow (1 - \mathrm{lr}\,\mathrm{wd})\,\theta + \mathrm{lr}\,\nu\, m
+        D = -(F + \lambda I)^{-1} g, \qquad m \leftarrow \mu m + \nu D, \qquad
+        \theta \leftarrow (1 - \mathrm{lr}\,\mathrm{wd})\,\theta + \mathrm{lr}\, m
 
     with F the Fisher of the model's own labels in Kronecker blocks. The variants differ in lambda, g and F:
 
@@ -274,7 +274,7 @@ class GRNG(AttachedOptimizer):
         with self._whole():
             gradients = self._front.transform(gradients)
             directions, scale, square_norm, ok = self._directions(gradients)
-        self._apply(gradients, directions, scale, ok)
+        self._apply(gradients, directions, ok)
         self._scalars["kl_scale"] = scale
         self._scalars["grad_norm"] = square_norm.sqrt()
         self._scalars["skipped"] = self._scalars["skipped"] + ~ok
@@ -357,9 +357,8 @@ class GRNG(AttachedOptimizer):
             for layer in self._layers
             if layer.active and layer in measured and any(p in gradients for p in layer.parameters)
         ]
-        one = torch.ones((), dtype=torch.float64, device=self._device)
         if not taking:
-            return {}, one
+            return {}, torch.ones((), dtype=torch.float64, device=self._device)
         stacks = self._stack(taking, gradients, ok)
         if self._mode == "ggn":
             products = self._preconditioner.curvature_product(stacks)
@@ -377,13 +376,17 @@ class GRNG(AttachedOptimizer):
         self._scalars["broken"] = self._scalars["broken"] + lost
         masks = [mask & fine for mask, fine in zip(masks, sound, strict=True)]
         found = [D.masked_fill(~mask, 0).contiguous() for D, mask in zip(found, masks, strict=True)]
+        scale = torch.ones((), dtype=torch.float64, device=self._device)
+        if limit is not None:
+            # Within momentum, not outside of it: a direction too long for the region must not be remembered as such.
+            quadratic = [q.masked_fill(~mask.flatten(), 0) for q, mask in zip(quadratic, masks, strict=True)]
+            scale = kl_scale(limit, self._squared_length(taking, quadratic)).to(scale.dtype)
+            for D in found:
+                D.mul_(scale.to(D.dtype))
         directions = {
             p: D for layer in taking for p, D in layer.views(found[layer.group][layer.slots]) if p in gradients
         }
-        if limit is None:
-            return directions, one
-        quadratic = [q.masked_fill(~mask.flatten(), 0) for q, mask in zip(quadratic, masks, strict=True)]
-        return directions, kl_scale(limit, self._squared_length(taking, quadratic)).to(one.dtype)
+        return directions, scale
 
     def _stack(self, taking: list[Layer], gradients: Gradients, ok: Tensor) -> list[Tensor]:
         """Gradients as stacks (k, n_out, n_in), one a group; zero for layers that take no part."""
@@ -422,7 +425,7 @@ class GRNG(AttachedOptimizer):
 
     # The update.
 
-    def _apply(self, gradients: Gradients, directions: Gradients, scale: Tensor, ok: Tensor) -> None:
+    def _apply(self, gradients: Gradients, directions: Gradients, ok: Tensor) -> None:
         """Momentum, decoupled decay and step, param group by param group; on the device, nothing if not `ok`."""
         gate = ok.to(torch.float64)  # not in float32, which would round the settings of float64 parameters
         for group in self.param_groups:
@@ -434,7 +437,7 @@ class GRNG(AttachedOptimizer):
                 torch._foreach_mul_(members, (1 - lr * decay * gate).to(members[0].dtype))
             if covered:
                 steps = self._momentum(covered, [directions[p] for p in covered], group["momentum"], gate)
-                _add_(covered, steps, lr * scale * gate)
+                _add_(covered, steps, lr * gate)
             if others:
                 clean = [torch.where(ok, gradients[p], 0).to(self._curvature.factor_dtype(p)) for p in others]
                 found = adamw_directions(clean, [self.state[p] for p in others], ok)

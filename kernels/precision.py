@@ -6,7 +6,7 @@ from threading import Lock
 
 import torch
 
-MATMULS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+MATMULS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
 
 
 class _Exact:

@@ -63,7 +63,6 @@ class Architecture:
         inputs: of a batch of B samples: a tensor, or a dict of keyword arguments.
         claims: by patterns of parameter names, the first that fits; exact for parameters that none fits.
         backpack: what differs where capture="backpack" is asked for: claims; or the error, as a pattern.
-        drawn: the error, as a pattern, where labels are drawn, which takes a nested pass.
         loss: of the output and the targets.
         scope: in which the forward pass runs.
         between: what is done to the model and the optimizer between two steps.
@@ -78,7 +77,6 @@ class Architecture:
     inputs: Callable[[int], Any]
     claims: Mapping[str, Claim] = field(default_factory=dict)
     backpack: Mapping[str, Claim] | str = field(default_factory=dict)
-    drawn: str = ""
     loss: Callable[[Any, Tensor], Tensor] = classify
     scope: Callable[[], AbstractContextManager[Any]] = nullcontext
     between: Callable[[nn.Module, Any], Any] = lambda model, optimizer: None
@@ -118,11 +116,9 @@ class Architecture:
         """Of exactness, relative."""
         return 1e-9 if self.dtype == torch.float64 else 1e-3
 
-    def refusal(self, variant: str, engine: str) -> str:
+    def refusal(self, engine: str) -> str:
         """The error that is claimed, as a pattern."""
-        if engine == "backpack" and isinstance(self.backpack, str):
-            return self.backpack
-        return self.drawn if variant == "kalman" else ""
+        return self.backpack if engine == "backpack" and isinstance(self.backpack, str) else ""
 
     def claim(self, parameter: str, engine: str = "hooks") -> Claim:
         own = self.backpack if engine == "backpack" and not isinstance(self.backpack, str) else {}

@@ -36,8 +36,7 @@ three engines; the batch has {batch} samples ({library} for models of libraries)
 - `~ a/n`: all have curvature; of a it is a stated approximation (under `kalman` also a diagonal of its own), or it
   was not compared (half precision, large models). Their captured pairs give autograd's gradient all the same.
 - `fb k/n`: k of n follow AdamW's rule, visibly: the coverage names each and says why. The others are as above.
-- `raise`: an error. capture="backpack" was asked for where BackPACK cannot work, or labels were to be drawn through
-  reentrant activation checkpointing.
+- `raise`: an error: capture="backpack" was asked for where BackPACK cannot work.
 
 Cells with a fault, where a parameter is not in the coverage, has a gradient and is not moved, or is not as claimed:
 {faults}.
@@ -118,7 +117,7 @@ def cell(row: Architecture, outcome: Outcome, variant: str, engine: str) -> dict
     kinds = Counter(found.kind for found in outcome.findings.values() if found.kind != "unused")
     n = sum(kinds.values())
     wrong = [*outcome.faults, *disagreements(row, outcome, variant, engine)]
-    if bool(outcome.refused) != bool(row.refusal(variant, engine)):
+    if bool(outcome.refused) != bool(row.refusal(engine)):
         wrong.append(f"refused: {outcome.refused}" if outcome.refused else "not refused")
     if wrong:
         return {"symbol": "FAULT", "count": "", "words": "; ".join(wrong)[:500]}

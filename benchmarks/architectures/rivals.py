@@ -151,7 +151,7 @@ def backpack(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Given]:
     for name, module in model.named_modules():
         own: list[Any] = [p for p in module.parameters(recurse=False) if hasattr(p, "kflr")]
         if own and own[0] is getattr(module, "weight", None):
-            outputs, inputs = own[0].kflr
+            outputs, inputs = own[0].kflr  # type: ignore[union-attr]
             found[name] = Given(own, inputs, outputs)
     return found
 

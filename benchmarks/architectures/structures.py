@@ -312,7 +312,6 @@ ROWS = [
         ),
         vectors(4),
         {"a.*": OUTSIDE},
-        drawn="use_reentrant=True.* is incompatible",
         brute=False,
     ),
     Architecture(

@@ -31,15 +31,16 @@ class Projection(NamedTuple):
 def attention_layers(name: str, module: nn.MultiheadAttention, trainable: set[nn.Parameter]) -> list[Layer]:
     """The projections of attention: in_proj as three matrices (q, k, v), or its three weights, and out_proj."""
     layers = []
-    weight, bias = module.in_proj_weight, module.in_proj_bias
+    weight: nn.Parameter | None = module.in_proj_weight
+    bias: nn.Parameter | None = module.in_proj_bias
     if weight is not None and weight in trainable:
         bias = bias if bias in trainable else None
         k, n_out, columns = PACKED.shape(module)
         layers.append(Layer(f"{name}.in_proj", module, weight, bias, PACKED, k, n_out, columns + (bias is not None)))
     for part in SEPARATE:
-        weight = getattr(module, part)
-        if weight is not None and weight in trainable:
-            layers.append(Layer(f"{name}.{part}", module, weight, None, LINEAR, 1, *weight.shape))
+        own = getattr(module, part)
+        if own is not None and own in trainable:
+            layers.append(Layer(f"{name}.{part}", module, own, None, LINEAR, 1, *own.shape))
     out = make_layer(f"{name}.out_proj", module.out_proj, trainable)
     if out is not None and out.weight is not None:
         layers.append(out)

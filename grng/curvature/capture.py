@@ -27,6 +27,11 @@ from grng.distributed import Processes, together
 from grng.errors import GRNGWarning
 from grng.kernels import full_precision
 
+REENTRANT = (
+    "labels are drawn by a nested pass, and none goes through activation checkpointing with use_reentrant=True; "
+    "use_reentrant=False lets it through"
+)
+
 
 @dataclass
 class Context:
@@ -216,7 +221,12 @@ class Capture:
             before = 0 if self.processes is None else self.processes.rank * samples  # in the others' parts of the batch
             current.context.offset = before + (self.batch.samples if self.batch else 0)
             self._count(reading, samples)
-            self._fisher_passes(current, place, f, gradient)
+            try:
+                self._fisher_passes(current, place, f, gradient)
+            except RuntimeError as error:
+                if "use_reentrant" not in str(error):
+                    raise
+                self.fisher.fall_back(REENTRANT)
             for layer, x, e in current.context.waiting:
                 self._deliver_true(layer, x, e, current.context)
             current.context.waiting.clear()

@@ -47,19 +47,19 @@ class FisherReader:
         name = self.config.likelihood
         if f.ndim == 0:
             self.likelihood = Unread()
-            self._fall_back("the model returns a scalar: its outputs are not seen", self.config.likelihood != "auto")
+            self.fall_back("the model returns a scalar: its outputs are not seen", self.config.likelihood != "auto")
         elif not intact:
             self.likelihood = Unread()
-            self._fall_back(MODIFIED)
+            self.fall_back(MODIFIED)
         elif name == "auto":
             self.likelihood, self.reason = detect(f, gradient)
             if isinstance(self.likelihood, Unread):
-                self._fall_back(self.reason)
+                self.fall_back(self.reason)
         else:
             self.likelihood, self.reason = declared(name, f, gradient), "declared"
             misfit = float(self.likelihood.read(f, gradient).misfit)
             if misfit > tolerance(f, gradient) and self.config.loss_scale is None:
-                self._fall_back(
+                self.fall_back(
                     f"the output gradient does not fit the declared likelihood {name!r} with hard labels "
                     f"(relative misfit {misfit:.2g})"
                 )
@@ -84,7 +84,8 @@ class FisherReader:
                 "Leave loss_scale=None to have it read off.",
             )
 
-    def _fall_back(self, why: str, warn: bool = True) -> None:
+    def fall_back(self, why: str, warn: bool = True) -> None:
+        """Use true labels from now on, and say why."""
         self.empirical = True
         self.reason = f"empirical Fisher instead: {why}"
         if warn and self.config.fisher != "empirical":
@@ -108,7 +109,7 @@ class FisherReader:
             if not self.decided:
                 return None
         if not intact and not self.empirical:
-            self._fall_back(MODIFIED)
+            self.fall_back(MODIFIED)
         likelihood = self.likelihood
         assert likelihood is not None
         reading = likelihood.read(f, gradient)
@@ -194,7 +195,7 @@ class FisherReader:
             kind, dim = CODES[int(code)]
             self.likelihood, self.reason = kind(dim), "as another process read it"
         if empirical and not self.empirical:
-            self._fall_back("another process found no likelihood that fits")
+            self.fall_back("another process found no likelihood that fits")
         self.decided = True
 
     def report(self, device: torch.device) -> Tensor:
@@ -207,7 +208,7 @@ class FisherReader:
         """Take over from all reports, (processes, 3), what is to be the same everywhere."""
         empirical, drawn, scales = rows.unbind(1)
         if bool(empirical.any()) and not self.empirical:
-            self._fall_back("another process cannot draw labels")
+            self.fall_back("another process cannot draw labels")
         known = scales > 0
         if self._loss_scale is not None:
             self._loss_scale = (scales.sum() / known.sum().clamp(min=1)).to(self._loss_scale)

@@ -31,7 +31,7 @@ class Geometry:
 
     indexed = False
 
-    def shape(self, module: nn.Module) -> Shape:
+    def shape(self, module: Any) -> Shape:
         """k, n_out and the columns of the weight."""
         raise NotImplementedError
 
@@ -44,7 +44,7 @@ class Geometry:
         return args[0] if args else next(iter(kwargs.values()))
 
     def statistics(
-        self, module: nn.Module, x: Tensor, e: Tensor, batch: int | None, dtype: torch.dtype, parts: tuple[bool, bool]
+        self, module: Any, x: Tensor, e: Tensor, batch: int | None, dtype: torch.dtype, parts: tuple[bool, bool]
     ) -> Statistics:
         """Rows of one use.
 
@@ -60,10 +60,12 @@ class Geometry:
 
 
 class LinearGeometry(Geometry):
-    def shape(self, module: nn.Module) -> Shape:
-        return 1, module.out_features, module.in_features  # type: ignore[return-value]
+    def shape(self, module: Any) -> Shape:
+        return 1, module.out_features, module.in_features
 
-    def statistics(self, module, x, e, batch, dtype, parts):  # type: ignore[no-untyped-def]
+    def statistics(
+        self, module: Any, x: Tensor, e: Tensor, batch: int | None, dtype: torch.dtype, parts: tuple[bool, bool]
+    ) -> Statistics:
         columns = x.reshape(1, -1, x.shape[-1])
         rows = samples_of(x.shape[0] if x.ndim > 1 else 1, columns.shape[1], batch)
         gradients = e.reshape(1, rows, -1, e.shape[-1])
@@ -73,22 +75,24 @@ class LinearGeometry(Geometry):
 class TransposedLinearGeometry(LinearGeometry):
     """transformers' Conv1D, a linear layer whose weight is (n_in, n_out)."""
 
-    def shape(self, module: nn.Module) -> Shape:
-        return 1, module.weight.shape[1], module.weight.shape[0]  # type: ignore[union-attr,return-value]
+    def shape(self, module: Any) -> Shape:
+        return 1, module.weight.shape[1], module.weight.shape[0]
 
     def view(self, body: Tensor, weight: nn.Parameter) -> Tensor:
         return body[0].mT
 
 
 class ConvGeometry(Geometry):
-    def shape(self, module: nn.Module) -> Shape:
-        groups: int = module.groups  # type: ignore[assignment]
-        return groups, module.out_channels // groups, module.weight[0].numel()  # type: ignore[operator,index,return-value]
+    def shape(self, module: Any) -> Shape:
+        groups: int = module.groups
+        return groups, module.out_channels // groups, module.weight[0].numel()
 
-    def patches(self, module: nn.Module, x: Tensor, e: Tensor) -> Tensor:
+    def patches(self, module: Any, x: Tensor, e: Tensor) -> Tensor:
         return conv_patches(module, x)
 
-    def statistics(self, module, x, e, batch, dtype, parts):  # type: ignore[no-untyped-def]
+    def statistics(
+        self, module: Any, x: Tensor, e: Tensor, batch: int | None, dtype: torch.dtype, parts: tuple[bool, bool]
+    ) -> Statistics:
         if x.ndim == len(module.kernel_size) + 1:
             x, e = x.unsqueeze(0), e.unsqueeze(0)
         rows, groups = samples_of(x.shape[0], x.shape[0], batch), module.groups
@@ -101,29 +105,31 @@ class ConvTransposeGeometry(ConvGeometry):
     """A transposed convolution is a convolution, with stride 1 and the kernel turned round, of the input spread out by
     the stride. Its weight is (inputs, outputs of a group, kernel)."""
 
-    def shape(self, module: nn.Module) -> Shape:
-        groups: int = module.groups  # type: ignore[assignment]
-        return groups, module.out_channels // groups, module.weight[:, 0].numel() // groups  # type: ignore[operator,index,return-value]
+    def shape(self, module: Any) -> Shape:
+        groups: int = module.groups
+        return groups, module.out_channels // groups, module.weight[:, 0].numel() // groups
 
     def view(self, body: Tensor, weight: nn.Parameter) -> Tensor:
         groups, n_out = body.shape[:2]
         matrices = body.view(groups, n_out, weight.shape[0] // groups, *weight.shape[2:])
         return matrices.transpose(1, 2).view(weight.shape)
 
-    def patches(self, module: nn.Module, x: Tensor, e: Tensor) -> Tensor:
+    def patches(self, module: Any, x: Tensor, e: Tensor) -> Tensor:
         return transposed_patches(module, x, e.shape[2:])
 
 
 class EmbeddingGeometry(Geometry):
     indexed = True
 
-    def shape(self, module: nn.Module) -> Shape:
-        return 1, module.embedding_dim, module.num_embeddings  # type: ignore[return-value]
+    def shape(self, module: Any) -> Shape:
+        return 1, module.embedding_dim, module.num_embeddings
 
     def view(self, body: Tensor, weight: nn.Parameter) -> Tensor:
         return body[0].mT
 
-    def statistics(self, module, x, e, batch, dtype, parts):  # type: ignore[no-untyped-def]
+    def statistics(
+        self, module: Any, x: Tensor, e: Tensor, batch: int | None, dtype: torch.dtype, parts: tuple[bool, bool]
+    ) -> Statistics:
         index, n_out = x.reshape(-1), module.embedding_dim
         rows = samples_of(x.shape[0] if x.ndim > 1 else index.numel(), index.numel(), batch)
         e = e.reshape(-1, n_out).to(dtype)
@@ -135,7 +141,9 @@ class EmbeddingGeometry(Geometry):
 class BagGeometry(EmbeddingGeometry):
     """Bags of indices, one a row of a matrix: every index is a row of its own, with the gradient of its bag."""
 
-    def statistics(self, module, x, e, batch, dtype, parts):  # type: ignore[no-untyped-def]
+    def statistics(
+        self, module: Any, x: Tensor, e: Tensor, batch: int | None, dtype: torch.dtype, parts: tuple[bool, bool]
+    ) -> Statistics:
         if x.ndim != 2:
             raise ValueError("bags given by offsets")
         if module.mode == "mean":
@@ -152,11 +160,13 @@ class NormGeometry(Geometry):
     e: then Lambda (x) Gamma = 1/N sum over samples of u u^T. In BatchNorm the statistics of the batch are held fixed.
     """
 
-    def shape(self, module: nn.Module) -> Shape:
+    def shape(self, module: Any) -> Shape:
         own = module.weight if module._parameters.get("weight") is not None else module.bias
-        return own.numel(), 1, 1  # type: ignore[union-attr,return-value]
+        return own.numel(), 1, 1
 
-    def statistics(self, module, x, e, batch, dtype, parts):  # type: ignore[no-untyped-def]
+    def statistics(
+        self, module: Any, x: Tensor, e: Tensor, batch: int | None, dtype: torch.dtype, parts: tuple[bool, bool]
+    ) -> Statistics:
         channels, lead = self.shape(module)[0], x.shape[0] if x.ndim > 1 else 1
         both = [normalise(module, x), e] if parts[0] else [e]
         if isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm):
@@ -169,10 +179,12 @@ class NormGeometry(Geometry):
 class PackedGeometry(Geometry):
     """MultiheadAttention's in_proj: queries, keys and values are projected by a third of the weight each."""
 
-    def shape(self, module: nn.Module) -> Shape:
-        return 3, module.embed_dim, module.embed_dim  # type: ignore[return-value]
+    def shape(self, module: Any) -> Shape:
+        return 3, module.embed_dim, module.embed_dim
 
-    def statistics(self, module, x, e, batch, dtype, parts):  # type: ignore[no-untyped-def]
+    def statistics(
+        self, module: Any, x: Tensor, e: Tensor, batch: int | None, dtype: torch.dtype, parts: tuple[bool, bool]
+    ) -> Statistics:
         """x (B, T, n); e (B, T, 3 n), zero where this input is not projected."""
         rows = samples_of(x.shape[0], x.shape[0], batch)
         gradients = e.unflatten(-1, (3, -1)).movedim(-2, 0).reshape(3, rows, -1, module.embed_dim)
@@ -194,7 +206,7 @@ def samples_of(leading: int, rows: int, batch: int | None) -> int:
     return batch if batch and leading % batch == 0 and rows % batch == 0 else leading
 
 
-def conv_patches(module: nn.Module, x: Tensor) -> Tensor:
+def conv_patches(module: Any, x: Tensor) -> Tensor:
     """Input patches of a Conv1d/2d/3d: (B, C, ...) -> (groups, B, positions, C/groups * prod(kernel)).
 
     The input is padded by the module's own mode and then read with strides, which serves every padding mode, dilation
@@ -203,25 +215,26 @@ def conv_patches(module: nn.Module, x: Tensor) -> Tensor:
     >>> conv_patches(nn.Conv1d(1, 1, 2), torch.tensor([[[1.0, 2.0, 3.0]]])).tolist()
     [[[[1.0, 2.0], [2.0, 3.0]]]]
     """
-    padding = list(module._reversed_padding_repeated_twice)  # type: ignore[arg-type]
+    padding = list(module._reversed_padding_repeated_twice)
     if any(padding):
         mode = module.padding_mode
-        x = F.pad(x, padding) if mode == "zeros" else F.pad(x, padding, mode=mode)  # type: ignore[arg-type]
-    return _read(x, module.groups, module.kernel_size, module.stride, module.dilation)  # type: ignore[arg-type]
+        x = F.pad(x, padding) if mode == "zeros" else F.pad(x, padding, mode=mode)
+    return _read(x, module.groups, module.kernel_size, module.stride, module.dilation)
 
 
-def transposed_patches(module: nn.Module, x: Tensor, size: torch.Size) -> Tensor:
+def transposed_patches(module: Any, x: Tensor, size: torch.Size) -> Tensor:
     """Input patches of a ConvTranspose1d/2d/3d whose output has that size, laid out as those of a convolution.
 
     >>> transposed_patches(nn.ConvTranspose1d(1, 1, 2), torch.tensor([[[1.0, 2.0]]]), torch.Size([3])).tolist()
     [[[[1.0, 0.0], [2.0, 1.0], [0.0, 2.0]]]]
     """
     kernel, dilation = module.kernel_size, module.dilation
-    lengths = [(n - 1) * step + 1 for n, step in zip(x.shape[2:], module.stride, strict=True)]  # type: ignore[arg-type]
+    lengths = [(n - 1) * step + 1 for n, step in zip(x.shape[2:], module.stride, strict=True)]
     spread = x.new_zeros(*x.shape[:2], *lengths)
-    spread[(..., *(slice(None, None, step) for step in module.stride))] = x  # type: ignore[union-attr]
+    every: Any = (..., *(slice(None, None, step) for step in module.stride))
+    spread[every] = x
     padding: list[int] = []
-    for n, out, k, d, p in zip(lengths, size, kernel, dilation, module.padding, strict=True):  # type: ignore[arg-type]
+    for n, out, k, d, p in zip(lengths, size, kernel, dilation, module.padding, strict=True):
         before = d * (k - 1) - p
         padding = [
             before,
@@ -229,7 +242,7 @@ def transposed_patches(module: nn.Module, x: Tensor, size: torch.Size) -> Tensor
             *padding,
         ]  # torch.nn.functional.pad begins with the last axis
     dims = len(lengths)
-    return _read(F.pad(spread, padding), module.groups, kernel, (1,) * dims, dilation, turned=True)  # type: ignore[arg-type]
+    return _read(F.pad(spread, padding), module.groups, kernel, (1,) * dims, dilation, turned=True)
 
 
 def _read(
@@ -248,7 +261,7 @@ def _read(
     return x.permute(1, 0, 3, 2, 4).reshape(groups, batch, positions.numel(), -1)
 
 
-def normalise(module: nn.Module, x: Tensor) -> Tensor:
+def normalise(module: Any, x: Tensor) -> Tensor:
     """What a normalisation scales and shifts.
 
     >>> normalise(nn.RMSNorm(2, eps=0.0), torch.tensor([[1.0, 7.0]])).tolist()
@@ -287,7 +300,7 @@ KINDS: tuple[tuple[Any, Geometry], ...] = (
 )
 
 
-def find_geometry(module: nn.Module) -> Geometry | None:
+def find_geometry(module: Any) -> Geometry | None:
     """The geometry of a module, or None for a kind that has none."""
     kind, weight = type(module), module._parameters.get("weight")
     # A normalisation's rows are computed anew, so that only torch's own formula will do.

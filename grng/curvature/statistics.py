@@ -131,7 +131,7 @@ class UnitStatistics(DenseStatistics):
         u = torch.stack([product.sum(1).mT for product in products], dim=-1)
         counts = (e != 0).any(1).mT
         super().__init__(u.unsqueeze(2), counts.to(e.dtype)[..., None, None])
-        self._size = sum(product.abs().sum() for product in products)
+        self._size = torch.stack([product.abs().sum() for product in products]).sum()
 
     def magnitude(self) -> Tensor:
         return self._size

@@ -51,7 +51,7 @@ def test_row(name: str, variant: str, engine: str, B: int) -> None:
     if not available(row):
         pytest.importorskip(row.needs)
     outcome = examine(row, variant, engine, B)
-    refusal = row.refusal(variant, engine)
+    refusal = row.refusal(engine)
     if refusal:
         assert re.search(refusal, outcome.refused)
         return

@@ -349,6 +349,24 @@ def test_kl_clip(name: str, share: float, rates: tuple[float, float]) -> None:
     assert relative(moved, min(1, share**0.5) * free) < 1e-9
 
 
+def test_momentum_remembers_directions_within_the_trust_region() -> None:
+    """m <- mu m + nu D, each direction with its own step's nu; theta moves by lr m."""
+    model = mlp(5, 4, 3)
+    curvature = settings(fisher="exact", damping=LAM0, kl_clip=1e-4, ema=1e-9)
+    with METHODS["kfac"](model, lr=0.2, momentum=0.9, curvature=curvature) as optimizer:
+        expected, scales = torch.zeros(()), []
+        for batch in stream(3, 12, 5):
+            twin = mlp(5, 4, 3)
+            twin.load_state_dict(model.state_dict())
+            with METHODS["kfac"](twin, lr=0.2, momentum=0.0, curvature=curvature) as alone:
+                own = displacement(twin, lambda t=twin, a=alone, b=batch: train(a, t, [b]))
+            expected = 0.9 * expected + own
+            moved = displacement(model, lambda b=batch: train(optimizer, model, [b]))
+            scales.append(optimizer.diagnostics["kl_scale"].item())
+            assert relative(moved, expected) < 1e-6
+    assert max(scales) < 1
+
+
 @methods()
 def test_learning_rate_of_a_group(method: Method) -> None:
     """The second layer's step is scaled by its own lr, the direction is the same."""

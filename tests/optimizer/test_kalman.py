@@ -412,7 +412,7 @@ def test_noise_is_found(noise: Any, B: int) -> None:
     model = linear(3, 2)
     filter_ = Kalman(p0=1e-8, gamma=0.0)
     curvature = Curvature(noise=noise, ema=1.0)
-    steps = 4000 // B
+    steps = 1600 // B
     with GRNG(model, "kalman", lr=0.0, preconditioner=filter_, curvature=curvature) as optimizer:
         for _ in range(steps):
             x = torch.randn(B, 3).double()

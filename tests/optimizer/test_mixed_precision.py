@@ -14,7 +14,7 @@ from grng import GRNG, Curvature
 from grng.curvature import Batch, Layer, Statistics
 from grng.preconditioners import Preconditioner
 
-from .cases import ONE_PASS, Method, methods, mixed, relative, stream, tensors_of, vector
+from .cases import ONE_PASS, Method, methods, mixed, mlp, relative, stream, tensors_of, vector
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 # What is kept of a layer, and what the filter believes.
@@ -160,7 +160,9 @@ def test_bfloat16_weights(method: Method) -> None:
 @methods()
 def test_float64(method: Method) -> None:
     """Factors follow the parameters into float64, and float32 training is that up to its rounding."""
-    high, low = Loop(method, mixed(torch.float64)), Loop(method, mixed(torch.float32))
+    high, low = (
+        Loop(method, mlp(4, 4, 4, 3, dtype=torch.float32).to(dtype)) for dtype in (torch.float64, torch.float32)
+    )
     moved = high.train(2), low.train(2)
     assert {t.dtype for t in factors(high.optimizer).values()} <= {torch.float64}
     assert relative(moved[1], moved[0]) < 5e-3

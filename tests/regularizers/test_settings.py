@@ -73,7 +73,7 @@ CHAINS: list[tuple[Callable[[nn.Module], Any], type[Exception], str]] = [
     (lambda m: [AGR(), SAM()], ValueError, "begins with SAM"),
     (lambda m: [GNP(), SAM()], ValueError, "one takes further passes"),
     (lambda m: [], ValueError, "at least one"),
-    (lambda m: "gnp", TypeError, "one of grng.regularizers.*'g'"),
+    (lambda m: "gnp", TypeError, "one of grng.regularizers.*'gnp'"),
     (lambda m: ASAM(), ValueError, "parameters' names.*rule='common'"),
     (lambda m: GNP(exclude="norm"), ValueError, r"model must be the model.*model=model"),
     (lambda m: Explicit(mode="ggn"), ValueError, r"model must be the model"),
