@@ -274,15 +274,17 @@ class GRNG(AttachedOptimizer):
         with self._whole():
             gradients = self._front.transform(gradients)
             directions, scale, square_norm, ok = self._directions(gradients)
-        self._apply(gradients, directions, ok)
+        if directions is not None:
+            self._apply(gradients, directions, ok)
         self._scalars["kl_scale"] = scale
         self._scalars["grad_norm"] = square_norm.sqrt()
         self._scalars["skipped"] = self._scalars["skipped"] + ~ok
         self._steps += 1
         self._capture.finish_step(self._due())
 
-    def _directions(self, gradients: Gradients) -> tuple[Gradients, Tensor, Tensor, Tensor]:
-        """Fold in what was measured, and make directions: also nu, ||g||^2 and whether the gradient is finite."""
+    def _directions(self, gradients: Gradients) -> tuple[Gradients | None, Tensor, Tensor, Tensor]:
+        """Fold in what was measured, and make directions, none where the step is left out; also nu, ||g||^2 and whether
+        the gradient is finite."""
         if not gradients:
             raise RuntimeError("step() found no gradient: call loss.backward() first, on a loss made by this model")
         if self._capture.collecting:
@@ -293,7 +295,7 @@ class GRNG(AttachedOptimizer):
         ok = torch.isfinite(square_norm)
         if self._new_layers() and not bool(ok):  # a look at the value, while there are layers not measured yet:
             self._forget()  # they count as measured from their first finite step on
-            return {}, self._scalars["kl_scale"], square_norm, ok
+            return None, self._scalars["kl_scale"], square_norm, ok
         self._refresh(ok, square_norm)
         directions, scale = self._precondition(gradients, square_norm, ok)
         if self._capture.processes is not None:

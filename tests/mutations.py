@@ -1,0 +1,171 @@
+"""Formulas broken on purpose, one at a time: the tests named beside each must fail.
+
+    python -m tests.mutations          # all of them, a few minutes
+    python -m tests.mutations momentum # those whose name contains that
+
+It works on a copy of the package in a temporary folder, so that nothing here is touched.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {"grng": "grng", "kernels": "grng/kernels", "baselines": "grng/baselines", "benchmarks": "grng/benchmarks"}
+CACHES = shutil.ignore_patterns("__pycache__")
+
+
+class Mutation(NamedTuple):
+    """In `file`, `old` (there once) becomes `new`; `tests` are what pytest is given."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTATIONS = (
+    Mutation(
+        "Gram matrix",
+        "kernels/gram.py",
+        "return flat.mT @ flat",
+        "return flat.mT @ flat.abs()",
+        "tests/kernels/test_gram.py",
+    ),
+    Mutation(
+        "bias column",
+        "grng/curvature/geometry.py",
+        "gradients.new_ones(",
+        "gradients.new_zeros(",
+        "tests/curvature/test_layers.py",
+    ),
+    Mutation(
+        "scale of a norm",
+        "grng/curvature/statistics.py",
+        "[x * e]",
+        "[x.abs() * e]",
+        "tests/curvature/test_layers.py -k norm",
+    ),
+    Mutation(
+        "turned kernel",
+        "grng/curvature/geometry.py",
+        "if turned:",
+        "if not turned:",
+        "tests/curvature/test_layers.py -k transposed",
+    ),
+    Mutation(
+        "keys and values of attention",
+        "grng/curvature/attention.py",
+        "start = self.part * self.width // 3",
+        "start = 0",
+        "tests/curvature/test_engines.py -k cross",
+    ),
+    Mutation(
+        "damping by the gradient's norm",
+        "grng/damping.py",
+        "lam = rho * square_norm",
+        "lam = rho * square_norm.sqrt()",
+        "tests/optimizer/test_first_step.py -k first_direction",
+    ),
+    Mutation(
+        "trust region",
+        "grng/damping.py",
+        ".sqrt().clamp(max=1)",
+        ".clamp(max=1)",
+        "tests/optimizer/test_first_step.py -k kl_clip",
+    ),
+    Mutation(
+        "K-FAC's eigenvalues",
+        "grng/preconditioners/kfac.py",
+        "/ -(s + lam)",
+        "/ -(s + 2 * lam)",
+        "tests/optimizer/test_first_step.py -k first_direction",
+    ),
+    Mutation(
+        "EKFAC's basis",
+        "grng/preconditioners/ekfac.py",
+        "statistics.squared_gradients(self.U_g.of(layer), U_l)",
+        "statistics.squared_gradients(self.U_g.of(layer).mT, U_l)",
+        "tests/optimizer/test_first_step.py -k first_direction",
+    ),
+    Mutation(
+        "the filter's gain",
+        "grng/preconditioners/kalman.py",
+        "gain(gram, N.to(projected.dtype) * projected)",
+        "gain(gram, projected)",
+        "tests/optimizer/test_kalman.py",
+    ),
+    Mutation(
+        "GNP's second gradient",
+        "grng/regularizers/gnp.py",
+        "return 0.8 if alpha is None else alpha",
+        "return 0.8",
+        "tests/regularizers/test_rules.py",
+    ),
+    Mutation(
+        "AGR's share",
+        "grng/regularizers/agr.py",
+        "return g - g * (strength * share)",
+        "return g - strength * share",
+        "tests/regularizers/test_rules.py",
+    ),
+    Mutation(
+        "Adan's difference",
+        "baselines/adan.py",
+        "_foreach_lerp_(v, d, 1 - b2)",
+        "_foreach_lerp_(v, d, b2)",
+        "tests/baselines/test_adan.py",
+    ),
+    Mutation(
+        "the step's rate",
+        "grng/optimizer.py",
+        "_add_(covered, steps, lr * gate)",
+        "_add_(covered, steps, lr * lr * gate)",
+        "tests/optimizer/test_contract.py",
+    ),
+)
+
+
+def passes(tests: str, mutation: Mutation | None = None) -> bool:
+    """Whether tests pass, on the package as it is or with a mutation."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for source, target in {**FOLDERS, "tests": "tests"}.items():
+            shutil.copytree(ROOT / source, folder / target, ignore=CACHES, dirs_exist_ok=True)
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        if mutation is not None:
+            top, _, rest = mutation.file.partition("/")
+            file = folder / FOLDERS[top] / rest
+            text = file.read_text()
+            if (times := text.count(mutation.old)) != 1:
+                raise SystemExit(f"{mutation.name}: {mutation.old!r} is {times} times in {mutation.file}, not once")
+            file.write_text(text.replace(mutation.old, mutation.new))
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests.split()]
+        environment = {**os.environ, "PYTHONPATH": name}  # before an installed package
+        run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False)
+        if run.returncode not in (0, 1):
+            raise SystemExit(f"{tests}: did not run\n{run.stdout.decode()[-2000:]}")
+        return run.returncode == 0
+
+
+def main() -> None:
+    chosen = [m for m in MUTATIONS if not sys.argv[1:] or any(word in m.name for word in sys.argv[1:])]
+    for tests in dict.fromkeys(mutation.tests for mutation in chosen):
+        if not passes(tests):
+            raise SystemExit(f"{tests}: fails on the package as it is")
+    alive = 0
+    for mutation in chosen:
+        lives = passes(mutation.tests, mutation)
+        alive += lives
+        print(f"{'LIVES ' if lives else 'killed'}  {mutation.name}: {mutation.old}  ->  {mutation.new}", flush=True)
+    print(f"{len(chosen) - alive} of {len(chosen)} killed")
+    sys.exit(alive > 0)
+
+
+if __name__ == "__main__":
+    main()
