@@ -177,7 +177,7 @@ class AttachedOptimizer(StrictOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        check_hyperparameters(**{name: group[name] for name in self.defaults})
+        check_hyperparameters(momentum=group["momentum"], fallback_lr=group["fallback_lr"])
 
     def _warn_unfrozen(self) -> None:
         """Say once what is trainable by now and not trained."""

@@ -79,19 +79,21 @@ class SelfCheck:
         for layer in layers:
             if not any(p in self._after for p in layer.parameters):
                 continue
-            reason = self._reason(layer, layer in delivered or not read, empirical)
+            reason = self._reason(layer, layer in delivered, read, empirical)
             if reason:
                 layer.status, layer.reason = "failed", reason
                 failed.append(layer)
-            elif reason is not None and (not layer.plain or layer in delivered):
+            elif reason is not None:
                 layer.status = "verified"
         warn(failed)
         return failed
 
-    def _reason(self, layer: Layer, reached: bool, empirical: bool) -> str | None:
+    def _reason(self, layer: Layer, delivered: bool, read: bool, empirical: bool) -> str | None:
         """Why a layer fails; empty where it does not; None where that cannot be told yet."""
         if layer.plain:  # autograd's own gradient
-            return "" if reached else NO_LABEL if empirical else NOT_READ
+            if delivered or not read:
+                return "" if delivered else None
+            return NO_LABEL if empirical else NOT_READ
         if layer in self._unfit:
             return f"its calls cannot be read: {self._unfit[layer]}"
         if layer not in self._sums:
@@ -104,7 +106,7 @@ class SelfCheck:
                 f"the captured pair misses the gradient by {max(errors):.2g} (shared or transformed weights, or "
                 "derivatives of the model in the loss)"
             )
-        return "" if reached else NOT_READ
+        return "" if delivered or not read else NOT_READ
 
     def _miss(self, layer: Layer, p: nn.Parameter, mine: Tensor) -> float:
         """Relative error of the captured gradient of a parameter; 0 where rounding explains it."""

@@ -172,9 +172,8 @@ class Preconditioner(ABC):
     def setup(self, groups: Sequence[Group], config: Curvature) -> None:
         """Called by the optimizer with the groups of layers; calls `allocate`."""
         self.groups, self.config = list(groups), config
-        self.floor = torch.zeros(
-            (), dtype=torch.float64
-        )  # a lower bound of every damping to come; NaN while it is not known
+        # A lower bound of every damping to come; NaN while it is not known
+        self.floor = torch.zeros((), dtype=torch.float64)
         self.saved: dict[str, Stacked] = {}
         self.failures = torch.zeros(())  # decompositions that found no result
         self.allocate()

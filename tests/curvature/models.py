@@ -7,22 +7,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from grng.benchmarks.architectures.structures import (
+    Named,
+    added_in_place,
+    half_frozen,
+    hooked,
+    linear,
+    slice_in_place,
+    tied_linears,
+    unrolled,
+)
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
-
-
-class Named(nn.Module):
-    """Submodules by name, and a forward pass made of them."""
-
-    def __init__(self, run: Callable[..., Tensor], **modules: nn.Module) -> None:
-        super().__init__()
-        for name, module in modules.items():
-            self.add_module(name, module)
-        self.run = run
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(self, x)
 
 
 class Conv1D(nn.Module):
@@ -60,36 +57,6 @@ class Case:
     failed: set[str] = field(default_factory=set)
     unseen: dict[str, str] = field(default_factory=dict)
     reused: bool = False  # a layer is called more than once
-
-
-def linear(n_in: int = 4, n_out: int = 4) -> nn.Linear:
-    return nn.Linear(n_in, n_out)
-
-
-def added_in_place(m: nn.Module, x: Tensor) -> Tensor:
-    h = m.a(x)
-    h += m.b(x).tanh()
-    return m.c(h.relu_())
-
-
-def slice_in_place(m: nn.Module, x: Tensor) -> Tensor:
-    h = m.a(x)
-    h[:, :2] *= 3
-    h[:, 2:].tanh_()
-    return m.c(h)
-
-
-def unrolled(m: nn.Module, x: Tensor) -> Tensor:
-    h = torch.zeros_like(x[:, 0])
-    for t in range(x.shape[1]):
-        h = (m.a(x[:, t]) + m.b(h)).tanh()
-    return m.c(h)
-
-
-def tied() -> nn.Module:
-    model = Named(lambda m, x: m.c(m.b(m.a(x).tanh())), a=linear(), b=linear(), c=linear(4, 3))
-    model.b.weight = model.a.weight
-    return model
 
 
 def adapted() -> nn.Module:
@@ -137,21 +104,6 @@ def settled(norm: nn.Module) -> nn.Module:
     return norm.eval()
 
 
-def hooked() -> nn.Module:
-    """Somebody else's hook replaces a layer's output."""
-    model = nn.Sequential(linear(), nn.Tanh(), linear(4, 3))
-    model[0].register_forward_hook(lambda module, args, output: 2 * output)
-    return model
-
-
-def half_frozen() -> nn.Module:
-    model = nn.Sequential(linear(), nn.Tanh(), linear(), nn.Tanh(), linear(4, 3))
-    model[0].requires_grad_(False)
-    model[2].bias.requires_grad_(False)
-    model[4].weight.requires_grad_(False)
-    return model
-
-
 CASES = {
     "in-place ReLU": Case(lambda: nn.Sequential(linear(), nn.ReLU(inplace=True), linear(4, 3))),
     "in-place addition": Case(lambda: Named(added_in_place, a=linear(), b=linear(), c=linear(4, 3))),
@@ -184,7 +136,7 @@ CASES = {
         unseen={f"0.parametrizations.weight.original{i}": "no factors" for i in (0, 1)},
     ),
     "tied weights": Case(
-        tied,
+        tied_linears,
         unseen={n: "a weight is shared between a, b" for n in ("a.weight", "a.bias", "b.bias")},
     ),
     "functional use": Case(

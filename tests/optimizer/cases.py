@@ -125,6 +125,22 @@ class Transformer(nn.Module):
         return self.head(self.norms[2](x).mean(1))
 
 
+class Root(Preconditioner):
+    """D = -g / (sqrt(mean squared per-sample gradient) + lam)."""
+
+    def allocate(self) -> None:
+        self.second = self.moment("second", lambda group: (group.n_out, group.n_in))
+
+    def observe(self, layer: Any, statistics: Any) -> None:
+        self.second.add(layer, statistics.squared_gradients())
+
+    def refresh(self, batch: Any, decompose: bool) -> None:
+        self.second.update(batch)
+
+    def precondition(self, gradients: list[Tensor], damping: list[Tensor]) -> list[Tensor]:
+        return [-g / (s.sqrt() + d) for g, s, d in zip(gradients, self.second.values, damping, strict=True)]
+
+
 def stream(steps: int, B: int = 8, n_in: int = 4, C: int = 3, dtype: torch.dtype = torch.float64) -> list[Batch]:
     """Classification batches, the same at every call."""
     generator = torch.Generator().manual_seed(7)

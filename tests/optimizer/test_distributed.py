@@ -26,11 +26,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from torch.nn.parallel import DistributedDataParallel
 
 from grng import GRNG, Curvature
-from grng.preconditioners import Preconditioner
 from grng.regularizers import GNP, Explicit, Regularized
 
 from ..test_docs import PAGES, examples
-from .cases import METHODS, Transformer, mixed, mlp, stream, tensors_of, vector
+from .cases import METHODS, Root, Transformer, mixed, mlp, stream, tensors_of, vector
 
 STEPS = 4
 STOP = 2  # after which a checkpoint is taken
@@ -121,22 +120,10 @@ def switches(f: Tensor, y: Tensor) -> Tensor:
     return binary_cross_entropy_with_logits(f, one_hot(y, 3).to(f), reduction="sum") / 3
 
 
-class RMS(Preconditioner):
+class RMS(Root):
     """A user's own, which knows nothing of processes."""
 
     name = "rms"
-
-    def allocate(self) -> None:
-        self.second = self.moment("second", lambda group: (group.n_out, group.n_in))
-
-    def observe(self, layer: Any, statistics: Any) -> None:
-        self.second.add(layer, statistics.squared_gradients())
-
-    def refresh(self, batch: Any, decompose: bool) -> None:
-        self.second.update(batch)
-
-    def precondition(self, gradients: list[Tensor], damping: list[Tensor]) -> list[Tensor]:
-        return [-g / (s.sqrt() + d) for g, s, d in zip(gradients, self.second.values, damping, strict=True)]
 
 
 class Alone(RMS):

@@ -20,29 +20,13 @@ from grng.preconditioners import (
     registry,
 )
 
-from .cases import mlp, relative, stream, train, vector
+from .cases import Root, mlp, relative, stream, train, vector
 
 
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is gone after it."""
     monkeypatch.setattr(registry, "_registry", dict(registry._registry))
-
-
-class Root(Preconditioner):
-    """D = -g / (sqrt(mean squared per-sample gradient) + lam)."""
-
-    def allocate(self) -> None:
-        self.second = self.moment("second", lambda group: (group.n_out, group.n_in))
-
-    def observe(self, layer: Any, statistics: Any) -> None:
-        self.second.add(layer, statistics.squared_gradients())
-
-    def refresh(self, batch: Any, decompose: bool) -> None:
-        self.second.update(batch)
-
-    def precondition(self, gradients: list[Tensor], damping: list[Tensor]) -> list[Tensor]:
-        return [-g / (s.sqrt() + d) for g, s, d in zip(gradients, self.second.values, damping, strict=True)]
 
 
 def test_registered_by_decorator() -> None:
