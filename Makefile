@@ -10,12 +10,14 @@ OUT ?= compare-out
 compare: .venv/installed
 	$(BIN)/grng compare --out $(OUT) --resume
 
-# One process a core, each with one thread.
+# One process a core, each with one thread. A container may see more cores than it is given, so at most four.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4
+
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	$(PYTEST)
 
 coverage: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --cov=grng --cov=kernels --cov=baselines --cov-branch \
+	$(PYTEST) --cov=grng --cov=kernels --cov=baselines --cov-branch \
 		--cov-report=term-missing:skip-covered
 
 lint: .venv/installed

@@ -1,14 +1,13 @@
 """Several processes under DistributedDataParallel take one step, to the bit, and it is that of one process."""
 
-import multiprocessing
 import os
 import re
-import socket
+import signal
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from grng.baselines import SophiaG, SophiaH
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -28,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from grng import GRNG, Curvature
 from grng.regularizers import GNP, Explicit, Regularized
 
+from ..processes import PATIENCE, together
 from ..test_docs import PAGES, examples
 from .cases import METHODS, Root, Transformer, mixed, mlp, stream, tensors_of, vector
 
@@ -302,11 +301,9 @@ class Run:
 # In the processes.
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
-    torch.set_num_threads(1)
+def worker(rank: int, where: Path) -> dict[str, Any]:
     warnings.simplefilter("ignore")
-    where, pairs = Path(folder), [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    pairs = [dist.new_group(ranks, timeout=PATIENCE) for ranks in ([0, 1], [2, 3])]
     four, two = (rank, 4, dist.group.WORLD), (rank % 2, 2, pairs[rank // 2])
     found: dict[str, Any] = {}
     for name, row in ROWS.items():
@@ -324,9 +321,7 @@ def worker(rank: int, port: int, folder: str) -> None:
         found[f"{name} 2 -> 4"] = arrive(name, where / f"{name} 2", four)
         if i % 2 == rank // 2:
             found[f"{name} 4 -> 2"] = arrive(name, where / f"{name} 4", two)
-    found |= messages(rank, four)
-    torch.save(found, where / f"{rank}.pt")
-    dist.destroy_process_group()
+    return found | messages(rank, four)
 
 
 def followed(row: Row, *place: Any) -> dict[str, Any]:
@@ -441,12 +436,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         if name in BY_NAME:
             run.save_distributed(folder / f"{name} 1")
         torch.save(run.checkpoint(), folder / f"{name} 1.pt")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.set_forkserver_preload([__name__])  # imported once, and without this process's threads
-    mp.start_processes(worker, (port, str(folder)), nprocs=WORLD, start_method="forkserver")
-    found = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    found = together(worker, WORLD, folder, __name__)
     for name in TRAVELLING:
         for size in SIZES:
             found[0][f"{name} {size} -> 1"] = arrive(name, folder / f"{name} {size}", (0, 1, None))
@@ -633,9 +623,18 @@ def test_example_under_torchrun(tmp_path: Path) -> None:
     code = examples(next(page for page in PAGES if page.stem == "distributed"))[0]
     script, single = tmp_path / "train.py", dict[str, Any](__name__="example")
     script.write_text(f"{code}\ntorch.save(model.state_dict(), f'{tmp_path}/{{rank}}.pt')\n")
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(run, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
-    assert done.returncode == 0, done.stderr
+    # By the loopback's address, as not every machine knows its own name.
+    here = ("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", "--nproc-per-node=2")
+    run = [sys.executable, "-m", "torch.distributed.run", *here, str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    said = tmp_path / "said"  # a file, as those that it starts would keep a pipe open
+    with said.open("w") as out:
+        process = subprocess.Popen(run, stdout=out, stderr=out, env=environment, start_new_session=True)
+        try:
+            assert process.wait(PATIENCE.total_seconds()) == 0, said.read_text()
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     exec(compile(code, "example", "exec"), single)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     for name, value in single["model"].state_dict().items():

@@ -1,13 +1,10 @@
 """Two processes: gradients of displaced weights under DistributedDataParallel."""
 
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -15,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from grng.regularizers import GNP, Regularized
 
 from ..optimizer.cases import mlp, stream, vector
+from ..processes import together
 
 RULES: dict[str, dict[str, Any]] = {
     "synchronised": {},
@@ -28,9 +26,7 @@ def parts_of(rank: int) -> list[tuple[Tensor, Tensor]]:
     return [(x[rank * 4 : rank * 4 + 4], y[rank * 4 : rank * 4 + 4]) for x, y in stream(STEPS)]
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def worker(rank: int, folder: Path) -> dict[str, Tensor]:
     found = {}
     for name, settings in RULES.items():
         model = DistributedDataParallel(mlp(4, 5, 3))
@@ -38,8 +34,7 @@ def worker(rank: int, port: int, folder: str) -> None:
         for batch in parts_of(rank):
             step(optimizer, model, *batch)
         found[name] = vector(model)
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 def step(optimizer: Regularized, model: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -76,14 +71,7 @@ def by_hand(rule: GNP) -> Tensor:
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
     """What both processes ended with."""
-    if not dist.is_gloo_available():
-        pytest.skip("torch was built without gloo")
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(worker, (port, str(folder)), nprocs=2, start_method="spawn")
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return together(worker, 2, tmp_path_factory.mktemp("ranks"), __name__)
 
 
 @pytest.mark.parametrize("name", RULES)
