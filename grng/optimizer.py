@@ -367,24 +367,22 @@ class GRNG(AttachedOptimizer):
             stacks = [G + self._damping.strength().to(G.dtype) * FG for G, FG in zip(stacks, products, strict=True)]
         self._preconditioner.floor = self._damping.floor
         found = self._preconditioner.precondition(stacks, self._lam(stacks, square_norm))
-        masks = [ok & mask for mask in self._preconditioner.measured()]
         limit = None if isinstance(self._curvature.kl_clip, str) else self._curvature.kl_clip
-        quadratic = [D.new_zeros(len(D)) for D in found]
-        if limit is not None:
-            quadratic = self._preconditioner.quadratic(stacks, found)
+        # One number a matrix, all groups in one vector.
+        quadratic = None if limit is None else torch.cat(self._preconditioner.quadratic(stacks, found))
+        sums = torch.cat([D.sum((1, 2)) for D in found])
         # Where factors have overflowed or are not finite, the matrix stays where it is for this step.
-        sound = [(D.sum((1, 2)) + q).isfinite().view(-1, 1, 1) for D, q in zip(found, quadratic, strict=True)]
-        lost = torch.stack([(mask & ~fine).sum() for mask, fine in zip(masks, sound, strict=True)]).sum()
-        self._scalars["broken"] = self._scalars["broken"] + lost
-        masks = [mask & fine for mask, fine in zip(masks, sound, strict=True)]
-        found = [D.masked_fill(~mask, 0).contiguous() for D, mask in zip(found, masks, strict=True)]
+        sound = (sums if quadratic is None else sums + quadratic).isfinite()
+        measured = torch.cat(self._preconditioner.measured()).flatten() & ok
+        still = ~(measured & sound)
+        self._scalars["broken"] = self._scalars["broken"] + (measured & still).sum()
         scale = torch.ones((), dtype=torch.float64, device=self._device)
-        if limit is not None:
+        if quadratic is not None:
             # Within momentum, not outside of it: a direction too long for the region must not be remembered as such.
-            quadratic = [q.masked_fill(~mask.flatten(), 0) for q, mask in zip(quadratic, masks, strict=True)]
-            scale = kl_scale(limit, self._squared_length(taking, quadratic)).to(scale.dtype)
-            for D in found:
-                D.mul_(scale.to(D.dtype))
+            scale = kl_scale(limit, self._squared_length(taking, quadratic.masked_fill(still, 0))).to(scale.dtype)
+        parts = zip(found, still.view(-1, 1, 1).split([len(D) for D in found]), strict=True)
+        # Contiguous, and not in place: a preconditioner may hand out what it keeps.
+        found = [(D * scale.to(D.dtype)).masked_fill_(mask, 0).contiguous() for D, mask in parts]
         directions = {
             p: D for layer in taking for p, D in layer.views(found[layer.group][layer.slots]) if p in gradients
         }
@@ -396,7 +394,8 @@ class GRNG(AttachedOptimizer):
         views = [pair for layer in taking for pair in layer.views(stacks[layer.group][layer.slots])]
         views = [(p, view) for p, view in views if p in gradients]
         torch._foreach_copy_([view for _, view in views], [gradients[p].detach() for p, _ in views])
-        return [G.masked_fill_(~ok, 0) for G in stacks]
+        lost = ~ok
+        return [G.masked_fill_(lost, 0) for G in stacks]
 
     def _lam(self, stacks: list[Tensor], square_norm: Tensor) -> list[Tensor]:
         """The damping per group, (k, 1, 1)."""
@@ -416,14 +415,14 @@ class GRNG(AttachedOptimizer):
                 own.copy_(own.sum().expand_as(own))
         return norms
 
-    def _squared_length(self, taking: list[Layer], quadratic: list[Tensor]) -> Tensor:
-        """lr^2 <D, F D> summed over layers, each with the learning rate of its group."""
-        rates = {p: group["lr"] for group in self.param_groups for p in group["params"]}
-        if len({id(rate) if isinstance(rate, Tensor) else rate for rate in rates.values()}) == 1:
-            rate = scalar(next(iter(rates.values())))
-            return rate**2 * torch.stack([q.sum() for q in quadratic]).sum()
-        parts = [scalar(rates[layer.owner]) ** 2 * quadratic[layer.group][layer.slots].sum() for layer in taking]
-        return torch.stack(parts).sum()
+    def _squared_length(self, taking: list[Layer], quadratic: Tensor) -> Tensor:
+        """lr^2 <D, F D> summed over layers, each with the learning rate of its group; <D, F D> is given by matrix."""
+        rates = [group["lr"] for group in self.param_groups]
+        if len({id(rate) if isinstance(rate, Tensor) else rate for rate in rates}) == 1:
+            return scalar(rates[0]) ** 2 * quadratic.sum()
+        rate_of = {p: group["lr"] for group in self.param_groups for p in group["params"]}
+        by_group = quadratic.split([group.size for group in self._groups])
+        return sum(scalar(rate_of[layer.owner]) ** 2 * by_group[layer.group][layer.slots].sum() for layer in taking)
 
     # The update.
 

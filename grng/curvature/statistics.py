@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from grng.kernels import Columns, DenseColumns, IndexColumns, by_group, gram, rotate, squared_gradients
+from grng.kernels import Columns, DenseColumns, IndexColumns, by_group, gram, squared_gradients
 
 
 class Statistics(Protocol):
@@ -178,7 +178,7 @@ class IndexStatistics(Origin):
     def squared_gradients(self, U_out: Tensor | None = None, U_in: Tensor | None = None) -> Tensor:
         if U_in is not None:
             raise ValueError("an embedding's input basis is the identity: pass U_in=None")
-        e = self.e if U_out is None else rotate(self.e.mT, U_out, None).mT
+        e = self.e if U_out is None else self.e @ U_out[0]
         sample = torch.arange(self.samples, device=e.device).unsqueeze(1)
         pairs, place = torch.unique(sample * self.n_in + self.index, return_inverse=True)
         per_sample = self._scatter(place, e.flatten(0, 1), len(pairs))

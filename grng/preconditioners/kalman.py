@@ -328,7 +328,7 @@ class Kalman(Preconditioner):
 def _finite(part: Any) -> Tensor:
     """Whether what a batch says about some matrices is finite: columns, or squares of a gradient."""
     tensors = [part] if isinstance(part, Tensor) else [t for t in vars(part).values() if isinstance(t, Tensor)]
-    return torch.stack([t.sum().isfinite() for t in tensors]).all()
+    return torch.stack([t.sum() for t in tensors]).isfinite().all()
 
 
 def _stacked(parts: list[tuple[slice, Any]], group: Group) -> Parts:
