@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from grng.curvature import Capture, Coverage, Curvature, Layer, Statistics
 from grng.curvature.engines import Hook
 from grng.curvature.layers import STATUS
+from grng.curvature.order import ORDERS
 from grng.curvature.plan import check_model, coverage_of, find_layers, named_groups
 from grng.damping import Damping
 from grng.distributed import several, unwrapped
@@ -264,7 +265,8 @@ class AttachedOptimizer(StrictOptimizer):
         """
         self._complete_state()
         for layer in self._layers:
-            flags = (STATUS.index(layer.status), layer in self._observed)
+            order = ORDERS.index(layer.order), self._capture.order.axis
+            flags = (STATUS.index(layer.status), layer in self._observed, *order)
             for p in layer.parameters:  # torch.distributed.checkpoint takes no parameter without state
                 self.state[p]["layer_status"] = torch.tensor(flags)
         shared = {"grng_steps": torch.tensor(self._steps), **self._damping.state()}
@@ -293,7 +295,8 @@ class AttachedOptimizer(StrictOptimizer):
         for layer in self._layers:
             state = self.state[layer.owner]
             self._preconditioner.load_state(layer, state)
-            status, observed = (int(v) for v in state["layer_status"])
+            status, observed, order, self._capture.order.axis = (int(v) for v in state["layer_status"])
+            layer.order = ORDERS[order]
             if STATUS[status] != "pending":  # what was verified here stays so
                 layer.status = STATUS[status]
                 layer.reason = "as in the checkpoint" if layer.status == "failed" else ""
@@ -332,7 +335,7 @@ class AttachedOptimizer(StrictOptimizer):
         held = [(p, name) for p in saved for name in OF_A_PARAMETER if name in saved[p]]
         wanted = {(p, name): torch.Size() if name == "step" else p.shape for p, name in held}
         for layer in self._layers:
-            state = {**self._preconditioner.state(layer), "layer_status": torch.zeros(2)}
+            state = {**self._preconditioner.state(layer), "layer_status": torch.zeros(4)}
             wanted.update({(layer.owner, name): value.shape for name, value in state.items()})
         for (p, name), shape in wanted.items():
             if name not in saved[p] or saved[p][name].shape != shape:

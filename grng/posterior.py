@@ -195,6 +195,8 @@ class Posterior:
         """The outputs, and v^T P v for each."""
         method, covered = self._method(), self._covered()
         f, gradients = self._optimizer._capture.probe(model, x)
+        if self._optimizer._capture.order.axis:
+            raise TypeError("the model's output has positions before samples: use predict()")
         spread = torch.zeros_like(f)
         if f.ndim == 0:
             raise TypeError("the model returned a scalar: it has to return one output or several for every sample")

@@ -22,6 +22,7 @@ from grng.curvature.engines import Hook, HooksEngine, Pair, Use, make_engine
 from grng.curvature.fisher import FisherReader
 from grng.curvature.layers import STATUS, Layer
 from grng.curvature.likelihood import Reading
+from grng.curvature.order import ORDERS, ROWS, RowOrder
 from grng.curvature.statistics import Statistics, SummedStatistics
 from grng.distributed import Processes, together
 from grng.errors import GRNGWarning
@@ -116,6 +117,7 @@ class Capture:
         self._probing = False
         self._unreadable = False  # the step's output gradient is zero or not finite: there is nothing to check against
         self._check = SelfCheck()
+        self.order = RowOrder()
         self._delivered: set[Layer] = set()
         self.engine, self.engine_reason = make_engine(config.capture, self, model, twice)
         self._handles = [
@@ -146,7 +148,7 @@ class Capture:
         if self._probing:
             return
         for layer in self.layers:
-            if layer.status == "pending":
+            if layer.pending:
                 self._check.begin(layer)
 
     def _taken(self, *state_dict: Any) -> None:
@@ -161,7 +163,7 @@ class Capture:
         if f is None or not f.numel():
             return
         if f.ndim > 0:
-            current.context.batch = f.shape[0]
+            current.context.batch = f.shape[self.order.axis]
         if self._probing:
             self._probed = current, f
             return
@@ -217,7 +219,9 @@ class Capture:
                 self._unreadable = True
                 return
             current.context.normaliser = reading.normaliser
-            samples = f.shape[0] if f.ndim else 1
+            self.order.ask(self.layers, f, lambda cotangent: self.engine.pairs(current, place, cotangent))
+            samples = f.shape[self.order.axis] if f.ndim else 1
+            current.context.batch = samples if f.ndim else None
             before = 0 if self.processes is None else self.processes.rank * samples  # in the others' parts of the batch
             current.context.offset = before + (self.batch.samples if self.batch else 0)
             self._count(reading, samples)
@@ -247,7 +251,7 @@ class Capture:
                     self._deliver(layer, x, e, current.context)
 
     def wants_true_gradient(self, layer: Layer) -> bool:
-        return self.fisher.empirical or not self.fisher.decided or layer.status == "pending"
+        return self.fisher.empirical or not self.fisher.decided or layer.pending
 
     def receive_true_gradient(self, layer: Layer, x: Tensor, e: Tensor, context: Context) -> None:
         """Called by the engine with the pairs of the user's own backward pass."""
@@ -258,7 +262,7 @@ class Capture:
             return
         with torch.no_grad(), full_precision(e.device):
             e = e.detach()
-            if layer.status == "pending":
+            if layer.pending:
                 statistics = self._first_statistics(layer, x, e, context)
                 if statistics is None:
                     return
@@ -292,14 +296,14 @@ class Capture:
     def _deliver(self, layer: Layer, x: Tensor, e: Tensor, context: Context, draw: int = 0) -> None:
         if not e.numel():
             return
-        read = self._first_statistics if layer.status == "pending" else self._statistics
+        read = self._first_statistics if layer.pending else self._statistics
         statistics = read(layer, x, e, context)
         if statistics is None:
             return
         if self.config.sharing == "reduce" and not layer.plain:
             statistics = statistics.reduced()
         statistics.offset, statistics.draw, statistics.drawn = context.offset, draw, not self.fisher.empirical
-        statistics.aligned = context.batch is None or statistics.samples == context.batch
+        statistics.aligned = context.batch is None or (statistics.samples == context.batch and layer.order != ROWS)
         self._delivered.add(layer)
         self.sink(layer, statistics)
 
@@ -343,7 +347,8 @@ class Capture:
         batch, none = self.batch, torch.zeros((), device=device)
         seen = (none, none, none) if batch is None else (batch.predictions, batch.normaliser, batch.misfit)
         samples = 0 if batch is None else batch.samples
-        numbers = [samples, *(STATUS.index(layer.status) for layer in self.layers)]
+        statuses, orders = zip(*((STATUS.index(l.status), ORDERS.index(l.order)) for l in self.layers), strict=True)
+        numbers = [samples, self.order.axis, *statuses, *orders]
         parts = torch.stack([number.double() for number in seen]), self.fisher.report(device), torch.tensor(numbers)
         return torch.cat([part.to(device, torch.float64) for part in parts])
 
@@ -355,12 +360,15 @@ class Capture:
         """
         predictions, normaliser, misfit = rows[:, :3].unbind(1)
         self.fisher.agree(processes, rows[:, 3:6])
-        samples, *statuses = rows[:, 6:].T.tolist()
+        samples, axes, *others = rows[:, 6:].T.tolist()
+        self.order.axis = int(max(axes))
         if any(samples):
             N = normaliser.sum() * processes.size / (normaliser > 0).sum().clamp(min=1)
             self.batch = Batch(predictions.sum(), N, misfit.amax(), int(sum(samples)))
         failed = []
-        for layer, theirs in zip(self.layers, statuses, strict=True):
+        count = len(self.layers)
+        for layer, theirs, orders in zip(self.layers, others[:count], others[count:], strict=True):
+            layer.order = ORDERS[int(max(orders))]
             worst = STATUS[int(max(theirs))]
             if worst == "failed" != layer.status:
                 layer.reason = "its capture failed in another process"
@@ -387,7 +395,7 @@ class Capture:
         """Compare what was captured with what autograd accumulated; returns the layers that failed."""
         if self._unreadable:
             return []
-        pending = [layer for layer in self.layers if layer.status == "pending"]
+        pending = [layer for layer in self.layers if layer.pending]
         if not pending:
             self._remove(self._check_handles)
         return self._check.judge(pending, self._delivered, self.batch is not None, self.fisher.empirical)

@@ -30,6 +30,7 @@ class Geometry:
     """
 
     indexed = False
+    swaps = False  # whether any dimensions may come before the last one, so that samples need not come first
 
     def shape(self, module: Any) -> Shape:
         """k, n_out and the columns of the weight."""
@@ -60,6 +61,8 @@ class Geometry:
 
 
 class LinearGeometry(Geometry):
+    swaps = True
+
     def shape(self, module: Any) -> Shape:
         return 1, module.out_features, module.in_features
 
@@ -119,7 +122,7 @@ class ConvTransposeGeometry(ConvGeometry):
 
 
 class EmbeddingGeometry(Geometry):
-    indexed = True
+    indexed = swaps = True
 
     def shape(self, module: Any) -> Shape:
         return 1, module.embedding_dim, module.num_embeddings
@@ -140,6 +143,8 @@ class EmbeddingGeometry(Geometry):
 
 class BagGeometry(EmbeddingGeometry):
     """Bags of indices, one a row of a matrix: every index is a row of its own, with the gradient of its bag."""
+
+    swaps = False
 
     def statistics(
         self, module: Any, x: Tensor, e: Tensor, batch: int | None, dtype: torch.dtype, parts: tuple[bool, bool]
@@ -174,6 +179,12 @@ class NormGeometry(Geometry):
         flat = [t.reshape(-1, channels).to(dtype) for t in both]
         *normalised, e = (t.view(samples_of(lead, len(t), batch), -1, channels) for t in flat)
         return UnitStatistics(normalised[0] if normalised else None, e, parts[1])
+
+
+class RowNormGeometry(NormGeometry):
+    """One that normalises along the last dimension alone."""
+
+    swaps = True
 
 
 class PackedGeometry(Geometry):
@@ -289,7 +300,13 @@ NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
     *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
 )
-PLAIN, LINEAR, NORM, PACKED = Geometry(), LinearGeometry(), NormGeometry(), PackedGeometry()
+PLAIN, LINEAR, NORM, ROW_NORM, PACKED = (
+    Geometry(),
+    LinearGeometry(),
+    NormGeometry(),
+    RowNormGeometry(),
+    PackedGeometry(),
+)
 TRANSPOSED = TransposedLinearGeometry()
 KINDS: tuple[tuple[Any, Geometry], ...] = (
     (nn.Linear, LINEAR),
@@ -305,9 +322,9 @@ def find_geometry(module: Any) -> Geometry | None:
     kind, weight = type(module), module._parameters.get("weight")
     # A normalisation's rows are computed anew, so that only torch's own formula will do.
     if any(issubclass(kind, norm) and kind.forward is norm.forward for norm in NORMS):
-        return NORM
+        return ROW_NORM if len(getattr(module, "normalized_shape", ())) == 1 else NORM
     if kind.__name__.endswith("RMSNorm") and weight is not None and weight.ndim == 1:
-        return NORM if any(hasattr(module, name) for name in EPSILONS) else None
+        return ROW_NORM if any(hasattr(module, name) for name in EPSILONS) else None
     if kind.__name__ == "Conv1D" and hasattr(module, "nf") and weight is not None and weight.ndim == 2:
         return TRANSPOSED
     if isinstance(module, nn.EmbeddingBag) and module.mode == "max":

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from grng.curvature.geometry import PLAIN, Geometry, find_geometry
+from grng.curvature.order import ROWS, SECOND, UNKNOWN
 from grng.curvature.statistics import Statistics
 
 STATUS = ("pending", "verified", "failed")  # the order in which one prevails over the others
@@ -18,7 +19,8 @@ class Layer:
 
     `group` and `slots` say which stack of same-shape matrices holds it and at which indices. `status` is "pending"
     until the captured pair has reproduced the gradient, then "verified" or "failed". `host` is the module whose
-    forward pass uses the weights, where that is not `module`.
+    forward pass uses the weights, where that is not `module`. `order` is one of `grng.curvature.order.ORDERS`, once it
+    is known.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Layer:
     slots: slice = field(default_factory=lambda: slice(0, 0))
     status: str = "pending"
     reason: str = ""
+    order: str = UNKNOWN
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -47,6 +50,10 @@ class Layer:
     @property
     def active(self) -> bool:
         return self.status != "failed"
+
+    @property
+    def pending(self) -> bool:
+        return self.status == "pending"
 
     @property
     def indexed(self) -> bool:
@@ -74,6 +81,13 @@ class Layer:
 
     def statistics(self, x: Tensor, e: Tensor, batch: int | None, dtype: torch.dtype) -> Statistics:
         """Rows of one use of the module: see `Geometry.statistics`."""
+        if self.order == SECOND:
+            x, e = x.transpose(0, 1), e.transpose(0, 1)
+        elif self.order == ROWS:
+            batch = None
+            if self.geometry.swaps:
+                e = e.flatten(0, -2)
+                x = x.flatten() if self.indexed else x.flatten(0, -2)
         parts = self.weight is not None, self.bias is not None
         return self.geometry.statistics(self.module, x, e, batch, dtype, parts)
 

@@ -11,6 +11,7 @@ from grng.curvature.capture import Capture
 from grng.curvature.coverage import Coverage, Row
 from grng.curvature.engines import Hook
 from grng.curvature.layers import Layer, make_layer, plain_layer
+from grng.curvature.order import ORDERS, ROWS, SECOND
 from grng.distributed import shards
 from grng.errors import invalid
 
@@ -114,6 +115,13 @@ def _layers_of(name: str, module: nn.Module, trainable: set[nn.Parameter]) -> li
     return [] if layer is None else [layer]
 
 
+ORDER_NOTES = {
+    **dict.fromkeys(ORDERS, ""),
+    SECOND: ", positions before samples",
+    ROWS: ", rows in no order of samples: each counts as one",
+}
+
+
 def coverage_of(
     names: dict[nn.Parameter, str],
     trained: list[nn.Parameter],
@@ -136,7 +144,9 @@ def coverage_of(
         reason = layer.reason or (
             f"diagonal: {reasons[p]}"
             if layer.plain
-            else type(layer.module).__name__ + f" ({layer.blocks} blocks)" * (layer.blocks > 1)
+            else type(layer.module).__name__
+            + f" ({layer.blocks} blocks)" * (layer.blocks > 1)
+            + ORDER_NOTES[layer.order]
         )
         rows.append(Row(names[p], shape, treatment, capture.engine.name, verified, reason))
     fisher = capture.config.fisher

@@ -1,0 +1,128 @@
+"""How the rows of a layer stand to the samples of a batch: asked of the graph, as shapes cannot tell.
+
+(samples, positions, n) and (positions, samples, n) look alike, and so do rows that were sorted by expert. But what the
+model puts out for one sample depends on the rows of that sample alone: the gradients of the first and of the last
+sample's outputs show whose rows are whose.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grng.curvature.geometry import samples_of
+
+FIRST = "first"  # samples are the leading dimension, or neighbouring parts of it
+SECOND = "second"  # positions come first
+ROWS = "rows"  # in no such order: every row counts as a sample
+UNKNOWN = "unknown"  # taken for FIRST
+ORDERS = (UNKNOWN, FIRST, SECOND, ROWS)  # each prevails over those before it
+EITHER = "first or second"  # positions do not look at each other; it is as with the other layers
+MIXED = "mixed"  # a sample depends on rows of others, as in BatchNorm
+PATIENCE = 4  # passes of the model
+
+
+class RowOrder:
+    """Finds the order of every layer, and the axis of the model's output along which the samples lie.
+
+    Attributes:
+        axis: 0; or 1, where that keeps samples apart in more of the layers.
+    """
+
+    def __init__(self) -> None:
+        self.axis, self._asked = 0, 0
+
+    def ask(
+        self, layers: Sequence[Any], f: Tensor, pairs: Callable[[Tensor], Iterable[tuple[Any, Tensor, Tensor]]]
+    ) -> None:
+        """Settle layers that are not verified yet, at the cost of two backward passes, or four.
+
+        Args:
+            layers: all layers.
+            f: the model's output.
+            pairs: a layer, its input and the gradient at its output, for every use, given a gradient at f.
+        """
+        if (
+            self._asked == PATIENCE
+            or not f.ndim
+            or all(layer.order != UNKNOWN or not layer.pending for layer in layers)
+        ):
+            return
+        self._asked += 1
+        before: set[Any] | None = None  # layers in which the samples along the first axis are mixed
+        for axis in (0, 1)[: 1 + (f.ndim > 2)]:
+            try:
+                orders = _orders(f, axis, pairs)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # no nested pass goes through this graph
+                return
+            mixed = {layer for layer, order in orders.items() if order == MIXED}
+            swapped = SECOND in orders.values()
+            if before is None or (swapped and mixed < before):
+                self.axis = axis
+                meant = {MIXED: FIRST, EITHER: SECOND if swapped else FIRST}
+                for layer, order in orders.items():
+                    layer.order = meant.get(order, order)
+            if not mixed:
+                return
+            before = mixed
+
+
+def _orders(f: Tensor, axis: int, pairs: Callable[[Tensor], Iterable[tuple[Any, Tensor, Tensor]]]) -> dict[Any, str]:
+    batch, ends = f.shape[axis], list[list[tuple[Any, Tensor]]]()
+    for sample in (0, batch - 1):
+        cotangent = torch.zeros_like(f)
+        part = cotangent.select(axis, sample)
+        part.copy_(torch.linspace(1, 2, part.numel()).view(part.shape))  # not all ones, which a softmax would hide
+        ends.append([(layer, e) for layer, _, e in pairs(cotangent)])
+    found: dict[Any, set[str]] = {}
+    for (layer, first), (_, last) in zip(*ends, strict=True):
+        found.setdefault(layer, set()).add(order_of((first, last), batch, layer.geometry.swaps))
+    return {layer: _joint(orders) for layer, orders in found.items()}
+
+
+def _joint(orders: set[str]) -> str:
+    """That of all uses of a layer."""
+    if MIXED in orders:
+        return MIXED
+    telling = orders - {UNKNOWN, EITHER} or orders - {UNKNOWN} or orders
+    return ROWS if len(telling) > 1 else telling.pop()
+
+
+def order_of(ends: tuple[Tensor, Tensor], batch: int, swaps: bool) -> str:
+    """The order of a layer's rows in one use.
+
+    Args:
+        ends: gradients at the layer's output, (..., n), of what the model puts out for its first and its last sample.
+        batch: samples in the batch.
+        swaps: whether the layer takes any leading dimensions, so that the first two may have changed places.
+
+    >>> of_first, of_last = torch.zeros(2, 4, 3, 1)  # three samples of four positions
+    >>> of_first[:, 0], of_last[:, 2] = 1.0, 1.0
+    >>> order_of((of_first, of_last), 3, swaps=True)
+    'second'
+    """
+    if batch < 2 or ends[0].ndim < 2:
+        return FIRST
+    if not all(bool(e.isfinite().all()) and bool(e.any()) for e in ends):
+        return UNKNOWN
+    count = samples_of(len(ends[0]), len(ends[0]), batch)
+    first = _apart([e.reshape(count, -1) for e in ends], batch)
+    second = swaps and ends[0].ndim > 2 and _apart([e.transpose(0, 1).flatten(1) for e in ends], batch)
+    if first or second:
+        return EITHER if first and second else FIRST if first else SECOND
+    if swaps:
+        ends = ends[0].flatten(0, -2), ends[1].flatten(0, -2)
+    shared = torch.stack([(e != 0).flatten(1).any(1) for e in ends]).all(0)
+    return MIXED if bool(shared.any()) else ROWS
+
+
+def _apart(ends: list[Tensor], batch: int) -> bool:
+    """Whether each of the two lies in one row, and not in the same; where rows are samples, in the first and last."""
+    places = [e.any(1).nonzero().flatten().tolist() for e in ends]
+    if any(len(place) != 1 for place in places):
+        return False
+    (first,), (last,) = places
+    return first != last if len(ends[0]) != batch else (first, last) == (0, batch - 1)
