@@ -19,7 +19,7 @@ from .errors import InputError, check_extra
 from .models import build_model
 from .names import flat, optimizer_of
 from .progress import Reporter
-from .records import RunRecord, hash_of, read_runs, write_atomically, write_results, write_run
+from .records import RunRecord, hash_of, make_folder, read_runs, write_atomically, write_results, write_run
 from .report import write_report
 from .runner import completed, run
 from .summary import markdown, names_of, summarise
@@ -99,16 +99,10 @@ class Job:
     def prepare_folder(self) -> set[str]:
         """Make the folder of the runs, and return the keys of those that need not be made again."""
         out = self.config.out
-        try:
-            held = (out / "results.json").exists() or any((out / "runs").glob("*.json"))
-            if held and not self.config.resume:
-                raise InputError(f"{out} holds a previous result: give --resume to continue it, or another --out")
-            (out / "runs").mkdir(parents=True, exist_ok=True)
-            probe = out / "runs" / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise InputError(f"cannot write to the folder {out} ({error}): give another --out") from error
+        make_folder(out, "runs")
+        held = (out / "results.json").exists() or any((out / "runs").glob("*.json"))
+        if held and not self.config.resume:
+            raise InputError(f"{out} holds a previous result: give --resume to continue it, or another --out")
         return {record.key for record in self.records() if record.status != "failed"}
 
     def write_results(self) -> list[RunRecord]:

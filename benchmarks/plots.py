@@ -7,7 +7,8 @@ from typing import Any
 
 from .names import base_of
 from .records import RunRecord
-from .summary import names_of, present
+from .statistics import present
+from .summary import names_of
 
 # Okabe and Ito's palette, told apart by colour-blind readers too; baselines are dashed.
 COLOURS = {

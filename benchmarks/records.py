@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import InputError
 from .names import file_name
 
 CURVE_POINTS = 300
@@ -94,6 +95,17 @@ def storable(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.7g}") if math.isfinite(value) else None
     return value if isinstance(value, str | int | None) else str(value)
+
+
+def make_folder(out: Path, part: str = "") -> None:
+    """Make the folder of a result, and see that it can be written to."""
+    try:
+        (out / part).mkdir(parents=True, exist_ok=True)
+        probe = out / part / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write to the folder {out} ({error}): give another --out") from error
 
 
 def write_atomically(path: Path, text: str) -> None:

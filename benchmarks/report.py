@@ -3,10 +3,10 @@
 import base64
 import io
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from . import pages
 from .config import CompareConfig
 from .names import flat
 from .plots import colours, draw_figures
@@ -60,9 +60,6 @@ def png(figure: Any) -> bytes:
 
 
 def render(config: CompareConfig, records: Sequence[RunRecord], figures: dict[str, bytes]) -> str:
-    from jinja2 import Environment
-
-    template = (files(__package__) / "report.html").read_text("utf-8")
     rows = summarise(records, config.target)
     headings, cells = table(rows, config.target)
     shown = drawn(rows)
@@ -84,7 +81,7 @@ def render(config: CompareConfig, records: Sequence[RunRecord], figures: dict[st
         "coverage": [(name, record.coverage) for name, record in first.items() if record.coverage],
         "job": job_rows(config, records),
     }
-    return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template).render(context)
+    return pages.render("compare", **context)
 
 
 def title(rows: Sequence[Summary], records: Sequence[RunRecord]) -> str:

@@ -4,13 +4,20 @@ Times are to a target, in seconds, steps or gradient evaluations; a run that mis
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import TypeVar
 
+T = TypeVar("T")
 Times = Mapping[str, Mapping[str, float]]  # workload -> optimizer -> time
 
 MOST = 4.0  # an optimizer that takes longer than so many times the fastest's time gets no credit for a workload
+
+
+def present(values: Iterable[T | None]) -> list[T]:
+    """Those that were measured."""
+    return [value for value in values if value is not None]
 
 
 def study_time(studies: Sequence[Sequence[float]]) -> float:

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, stdev
-from typing import Any
 
 from .names import optimizer_of, ordered
 from .records import RunRecord, epochs_to
+from .statistics import present
 
 REFERENCE = "adamw"
 
@@ -84,10 +84,6 @@ def summarise_one(records: Sequence[RunRecord], target: float) -> Summary:
         middle = median(float("inf") if epoch is None else epoch for epoch in reached)
         row.epochs_to_target = None if middle == float("inf") else middle
     return row
-
-
-def present(values: Any) -> list[Any]:
-    return [value for value in values if value is not None]
 
 
 def score(value: float | None, metric: str) -> str:

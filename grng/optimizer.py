@@ -373,11 +373,11 @@ class GRNG(AttachedOptimizer):
         sums = torch.cat([D.sum((1, 2)) for D in found])
         # Where factors have overflowed or are not finite, the matrix stays where it is for this step.
         sound = (sums if quadratic is None else sums + quadratic).isfinite()
-        measured = torch.cat(self._preconditioner.measured()).flatten() & ok
-        still = ~(measured & sound)
-        self._scalars["broken"] = self._scalars["broken"] + (measured & still).sum()
+        known = torch.cat(self._preconditioner.measured()).flatten() & ok
+        still = ~(known & sound)
+        self._scalars["broken"] = self._scalars["broken"] + (known & still).sum()
         scale = torch.ones((), dtype=torch.float64, device=self._device)
-        if quadratic is not None:
+        if quadratic is not None and limit is not None:
             # Within momentum, not outside of it: a direction too long for the region must not be remembered as such.
             scale = kl_scale(limit, self._squared_length(taking, quadratic.masked_fill(still, 0))).to(scale.dtype)
         parts = zip(found, still.view(-1, 1, 1).split([len(D) for D in found]), strict=True)

@@ -12,9 +12,9 @@ import grng
 
 def modules() -> list[str]:
     found = [m.name for m in pkgutil.walk_packages(grng.__path__, "grng.")]
-    for name in ("kernels", "baselines"):
+    for name in ("kernels", "baselines", "benchmarks"):
         package = importlib.import_module(f"grng.{name}")
-        found += [m.name for m in pkgutil.iter_modules(package.__path__, f"grng.{name}.")]
+        found += [m.name for m in pkgutil.walk_packages(package.__path__, f"grng.{name}.")]
     return ["grng", *sorted(set(found))]
 
 

@@ -7,7 +7,7 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 from ..names import ordered
-from ..statistics import Ratio, interquartile_mean, paired_ratio, scores, study_time
+from ..statistics import Ratio, interquartile_mean, paired_ratio, present, scores, study_time
 from .protocol import TARGET_STUDY
 from .spaces import TWINS
 from .targets import Target
@@ -256,10 +256,6 @@ def iqm_of(lines: Iterable[Line], fastest: Mapping[str, float]) -> float:
     the most that is given credit for, four."""
     values = [min(4.0, time / fastest[line.workload]) for line in lines for time in line.times]
     return interquartile_mean(values)
-
-
-def present(values: Iterable[Any]) -> list[float]:
-    return [float(value) for value in values if value is not None]
 
 
 def middle(values: Iterable[Any]) -> float | None:

@@ -7,10 +7,10 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from .. import pages
 from ..errors import InputError
 from ..names import flat
 from ..records import write_atomically
@@ -322,8 +322,5 @@ def markdown(parts: Sequence[Section], folder: str, about: str) -> str:
 
 
 def render(parts: Sequence[Section], drawn: dict[str, bytes], about: str) -> str:
-    from jinja2 import Environment
-
-    template = (files(__package__) / "report.html").read_text("utf-8")
     pictures = {name: base64.b64encode(content).decode() for name, content in drawn.items()}
-    return Environment(autoescape=True).from_string(template).render(parts=parts, pictures=pictures, lead=about)
+    return pages.render("bench", title="Benchmark results", lead=about, parts=parts, pictures=pictures)

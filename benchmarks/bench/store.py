@@ -20,7 +20,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..names import file_name, flat
-from ..records import storable, write_atomically
+from ..records import make_folder, storable, write_atomically
 from .trial import Outcome, Trial
 
 ARCHIVE = "outcomes.json.xz"
@@ -36,13 +36,7 @@ class Store:
 
     def prepare(self) -> None:
         """Make the folder; raise InputError where that cannot be."""
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            probe = self.out / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise InputError(f"cannot write to the folder {self.out} ({error}): give another --out") from error
+        make_folder(self.out)
 
     def folder(self, trial: Trial) -> Path:
         study, number = (trial.study, trial.number + 1) if trial.phase == "tune" else (trial.seed, 1)

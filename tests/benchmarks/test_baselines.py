@@ -1,10 +1,5 @@
 """One spelling for every optimizer."""
 
-import doctest
-import importlib
-import pkgutil
-
-import grng.benchmarks
 import pytest
 import torch
 from grng.baselines import OPTIMIZERS, SOAP, Adan, make_optimizer, parts_of
@@ -161,8 +156,3 @@ def test_frozen_parameters_are_left_out():
 def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match=r"'adamx'.*ring.*adamw"):
         make_optimizer("adamx", net())
-
-
-@pytest.mark.parametrize("name", [m.name for m in pkgutil.walk_packages(grng.benchmarks.__path__, "grng.benchmarks.")])
-def test_examples_in_docstrings(name):
-    assert doctest.testmod(importlib.import_module(name)).failed == 0
