@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils._pytree import tree_leaves, tree_map
 
 from grng.curvature import Coverage, Curvature, Layer, Statistics
-from grng.curvature.capture import find_output
 from grng.curvature.likelihood import Gaussian
+from grng.curvature.passes import find_output
 from grng.errors import invalid
 from grng.optimizer import GRNG
 

@@ -15,19 +15,18 @@ from grng.attached import AttachedOptimizer, check_hyperparameters
 from grng.curvature import Curvature, Layer
 from grng.damping import Damping, kl_scale, squared_norm
 from grng.errors import GRNGWarning, finite, invalid, unknown
-from grng.fallback import adamw_directions, make_momentum
 from grng.kernels import full_precision
 from grng.posterior import Posterior
 from grng.preconditioners import Kalman, Preconditioner, make_preconditioner
 from grng.regularizers import Explicit, FrontEnd, Regularizer
 from grng.regularizers.frontend import as_chain, under_scaler
 from grng.torch_optim import scalar
+from grng.update import Gradients, update_
 from grng.variants import find_variant
 
 MODES = ("double", "finite", "ggn")
 NORMS = ("global", "layer")
 STEP_OVERHEAD = 1e8  # operations that the fixed costs of a step stand for
-Gradients = dict[nn.Parameter, Tensor]
 
 
 class GRNG(AttachedOptimizer):
@@ -275,7 +274,7 @@ class GRNG(AttachedOptimizer):
             gradients = self._front.transform(gradients)
             directions, scale, square_norm, ok = self._directions(gradients)
         if directions is not None:
-            self._apply(gradients, directions, ok)
+            update_(self.param_groups, self.state, gradients, directions, ok, self._curvature.factor_dtype)
         self._scalars["kl_scale"] = scale
         self._scalars["grad_norm"] = square_norm.sqrt()
         self._scalars["skipped"] = self._scalars["skipped"] + ~ok
@@ -424,37 +423,6 @@ class GRNG(AttachedOptimizer):
         by_group = quadratic.split([group.size for group in self._groups])
         return sum(scalar(rate_of[layer.owner]) ** 2 * by_group[layer.group][layer.slots].sum() for layer in taking)
 
-    # The update.
-
-    def _apply(self, gradients: Gradients, directions: Gradients, ok: Tensor) -> None:
-        """Momentum, decoupled decay and step, param group by param group; on the device, nothing if not `ok`."""
-        gate = ok.to(torch.float64)  # not in float32, which would round the settings of float64 parameters
-        for group in self.param_groups:
-            members = [p for p in group["params"] if p in gradients]
-            covered = [p for p in members if p in directions]
-            others = [p for p in members if p not in directions]
-            lr, decay = scalar(group["lr"]), group["weight_decay"]
-            if decay:
-                torch._foreach_mul_(members, (1 - lr * decay * gate).to(members[0].dtype))
-            if covered:
-                steps = self._momentum(covered, [directions[p] for p in covered], group["momentum"], gate)
-                _add_(covered, steps, lr * gate)
-            if others:
-                clean = [torch.where(ok, gradients[p], 0).to(self._curvature.factor_dtype(p)) for p in others]
-                found = adamw_directions(clean, [self.state[p] for p in others], ok)
-                rate = group["fallback_lr"] * (lr / group["base_lr"] if group["base_lr"] else lr != 0)
-                _add_(others, found, rate * gate)
-
-    def _momentum(self, params: list[nn.Parameter], directions: list[Tensor], mu: float, gate: Tensor) -> list[Tensor]:
-        if mu == 0:
-            return directions
-        for p, D in zip(params, directions, strict=True):
-            make_momentum(self.state[p], D)
-        buffers = [self.state[p]["momentum"] for p in params]
-        torch._foreach_mul_(buffers, (1 - (1 - mu) * gate).to(buffers[0].dtype))
-        torch._foreach_add_(buffers, directions)
-        return buffers
-
 
 def resolved_noise(noise: float | str, method: Preconditioner, twice: bool) -> Any:
     """What "auto" means for a method; the noise matters only where the summed loss is weighed."""
@@ -466,9 +434,3 @@ def resolved_noise(noise: float | str, method: Preconditioner, twice: bool) -> A
         remedy = "Further passes would not be weighted by it."
         raise invalid("noise", noise, 'a number, "auto" or "scalar" where step() takes further passes', remedy)
     return noise
-
-
-def _add_(params: list[nn.Parameter], steps: list[Tensor], rate: Tensor) -> None:
-    """p <- p + rate * step, in the parameters' own precision; `rate` is a scalar on the device."""
-    scaled = torch._foreach_mul(steps, rate.to(steps[0].dtype))
-    torch._foreach_add_(list[Tensor](params), [s.to(p.dtype) for p, s in zip(params, scaled, strict=True)])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
 from grng.curvature import Layer
-from grng.curvature.capture import find_output
+from grng.curvature.passes import find_output
 from grng.errors import invalid
 from grng.kernels import Columns
 

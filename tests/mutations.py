@@ -123,9 +123,9 @@ MUTATIONS = (
     ),
     Mutation(
         "the step's rate",
-        "grng/optimizer.py",
-        "_add_(covered, steps, lr * gate)",
-        "_add_(covered, steps, lr * lr * gate)",
+        "grng/update.py",
+        'group["momentum"], gate), lr * gate)',
+        'group["momentum"], gate), lr * lr * gate)',
         "tests/optimizer/test_contract.py",
     ),
 )

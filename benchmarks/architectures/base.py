@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from grng.curvature.capture import find_output
+from grng.curvature.passes import find_output
 
 Batch = tuple[Any, Tensor]
 KINDS = ("exact", "approximation", "uncovered", "fallback", "unused")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from grng.curvature import Layer
-from grng.curvature.capture import find_output
+from grng.curvature.passes import find_output
 
 from .base import Architecture, Batch
 

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from grng.curvature import Layer
-from grng.curvature.capture import find_output
 from grng.curvature.layers import make_layer
+from grng.curvature.passes import find_output
 from grng.curvature.plan import find_layers
 
 from . import ARCHITECTURES, available

@@ -1,10 +1,11 @@
 """What is measured in the layers: capture, geometry, likelihoods, statistics, and the coverage report."""
 
-from grng.curvature.capture import Batch, Capture
+from grng.curvature.capture import Capture
 from grng.curvature.config import Curvature
 from grng.curvature.coverage import Coverage, Row
 from grng.curvature.geometry import conv_patches
 from grng.curvature.layers import Layer, make_layer
+from grng.curvature.passes import Batch
 from grng.curvature.statistics import DenseStatistics, IndexStatistics, Statistics
 
 __all__ = [

@@ -19,7 +19,8 @@ from grng.curvature.engines import FIRING, HooksEngine, Pair, alone
 from grng.curvature.layers import Layer
 
 if TYPE_CHECKING:
-    from grng.curvature.capture import Capture, Pass
+    from grng.curvature.capture import Capture
+    from grng.curvature.passes import Pass
 
 _INSTALL = (
     "capture='backpack' needs BackPACK: pip install --no-deps backpack-for-pytorch unfoldNd && pip install einops "

@@ -9,7 +9,6 @@ uses of e x^T == the change of p.grad. A layer where it does not falls to the fi
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,11 +17,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from grng.curvature.check import SelfCheck, warn
 from grng.curvature.config import Curvature
-from grng.curvature.engines import Hook, HooksEngine, Pair, Use, make_engine
+from grng.curvature.engines import Hook, HooksEngine, make_engine
 from grng.curvature.fisher import FisherReader
 from grng.curvature.layers import STATUS, Layer
 from grng.curvature.likelihood import Reading
 from grng.curvature.order import ORDERS, ROWS, RowOrder
+from grng.curvature.passes import Batch, Context, Pass, find_output
 from grng.curvature.statistics import Statistics, SummedStatistics
 from grng.distributed import Processes, together
 from grng.errors import GRNGWarning
@@ -32,59 +32,6 @@ REENTRANT = (
     "labels are drawn by a nested pass, and none goes through activation checkpointing with use_reentrant=True; "
     "use_reentrant=False lets it through"
 )
-
-
-@dataclass
-class Context:
-    """What the layers of one forward pass share: the batch size, and once the output gradient has arrived N and how
-    many samples came before it in the same step.
-
-    `waiting` holds the pairs of the user's own backward pass that come before N: those of a layer whose output is the
-    model's. `closed` says that a backward pass has gone through.
-    """
-
-    normaliser: Tensor | None = None
-    batch: int | None = None
-    offset: int = 0
-    waiting: list[Pair] = field(default_factory=list)
-    closed: bool = False
-
-
-@dataclass
-class Pass:
-    """One forward pass of the model on a statistics step."""
-
-    context: Context = field(default_factory=Context)
-    uses: list[Use] = field(default_factory=list)
-    inputs: dict[nn.Module, Tensor] = field(default_factory=dict)
-    given: list[Tensor] = field(default_factory=list)  # the model's own inputs, of those that need a gradient
-
-    def close(self, keep_graph: bool) -> None:
-        """After a backward pass: its rows are counted, and nothing of it stays alive."""
-        self.context.closed = True
-        self.uses.clear()
-        if not keep_graph:
-            self.inputs.clear()
-            self.given.clear()
-
-
-@dataclass
-class Batch:
-    """What the backward passes since the last step amount to.
-
-    Attributes:
-        predictions: how many predictions the statistics were summed over.
-        normaliser: N of the last backward pass; N * p.grad is the gradient of the summed loss.
-        misfit: largest relative misfit of the likelihood.
-        samples: samples seen, a Python number.
-        valid: whether the step's gradient is finite; a bool on the device, set by the optimizer.
-    """
-
-    predictions: Tensor
-    normaliser: Tensor
-    misfit: Tensor
-    samples: int
-    valid: Tensor = field(default_factory=lambda: torch.ones((), dtype=torch.bool))
 
 
 class Capture:
@@ -432,22 +379,3 @@ class Capture:
         for handle in handles:
             handle.remove()
         handles.clear()
-
-
-def find_output(output: Any) -> Tensor | None:
-    """The tensor that the loss is computed from: a tensor, `.logits`, a dict's "logits", or the first that has a graph.
-
-    >>> find_output({"logits": torch.ones(1, requires_grad=True)}).tolist()
-    [1.0]
-    """
-    if isinstance(output, Tensor):
-        return output if output.requires_grad and output.is_floating_point() else None
-    if isinstance(output, dict):
-        return find_output(output["logits"]) if "logits" in output else _first(output.values())
-    if hasattr(output, "logits"):
-        return find_output(output.logits)
-    return _first(output) if isinstance(output, list | tuple) else None
-
-
-def _first(values: Any) -> Tensor | None:
-    return next((f for f in map(find_output, values) if f is not None), None)

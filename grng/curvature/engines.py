@@ -21,7 +21,8 @@ from grng.curvature.layers import Layer
 from grng.errors import invalid
 
 if TYPE_CHECKING:
-    from grng.curvature.capture import Capture, Pass
+    from grng.curvature.capture import Capture
+    from grng.curvature.passes import Pass
 
 Pair = tuple[Layer, Tensor, Tensor]
 FIRING = "Full backward hook is firing"  # torch's warning where a model's input needs no gradient

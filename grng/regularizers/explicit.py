@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from grng.curvature.capture import find_output
+from grng.curvature.passes import find_output
 from grng.distributed import Processes, together
 from grng.errors import invalid, unknown
 from grng.regularizers.base import FirstPass, Gradients, Note, Parameters, Passes

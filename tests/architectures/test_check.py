@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import grng.checkup
 from grng import GRNG, Curvature, check
 from grng.curvature import DenseStatistics
+from grng.update import update_
 
 
 @pytest.fixture(autouse=True)
@@ -128,8 +129,8 @@ def test_a_wrong_model_is_found(case: str) -> None:
 
 
 def test_a_parameter_that_is_not_moved_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = GRNG._apply
-    monkeypatch.setattr(GRNG, "_apply", lambda self, g, *rest: known(self, dict(list(g.items())[1:]), *rest))
+    without_the_first = lambda groups, states, g, *rest: update_(groups, states, dict(list(g.items())[1:]), *rest)  # noqa: E731
+    monkeypatch.setattr("grng.optimizer.update_", without_the_first)
     found = check(mlp(), data(), loss, variants=["ring"])
     assert [(v.parameter, v.reason) for v in found.verdicts if v.treatment == "wrong"] == [
         ("0.weight", "it has a gradient and was not moved")

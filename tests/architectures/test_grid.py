@@ -12,6 +12,7 @@ from grng.benchmarks.architectures.judge import ENGINES, VARIANTS, disagreements
 
 from grng import GRNG, Curvature
 from grng.curvature import DenseStatistics
+from grng.update import update_
 
 PEERS = (
     *("mlp", "inplace_relu", "linear_no_bias", "linear_subclass", "residual", "conv2d", "conv2d_groups"),
@@ -97,10 +98,8 @@ def test_wrong_columns_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_parameter_that_is_not_moved_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = GRNG._apply
-    monkeypatch.setattr(
-        GRNG, "_apply", lambda self, gradients, *rest: known(self, dict(list(gradients.items())[1:]), *rest)
-    )
+    without_the_first = lambda groups, states, g, *rest: update_(groups, states, dict(list(g.items())[1:]), *rest)  # noqa: E731
+    monkeypatch.setattr("grng.optimizer.update_", without_the_first)
     outcome = examine(ARCHITECTURES["mlp"], "ring", "hooks", 4)
     assert outcome.faults == ["0.weight has a gradient and was not moved"]
 

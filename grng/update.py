@@ -1,0 +1,68 @@
+"""The step itself: momentum, decoupled decay, and what parameters without a direction follow.
+
+m <- mu m + D,   theta <- (1 - lr wd) theta + lr m
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grng.fallback import adamw_directions, make_momentum
+from grng.torch_optim import scalar
+
+Gradients = dict[nn.Parameter, Tensor]
+
+
+def update_(
+    groups: list[dict[str, Any]],
+    states: Mapping[nn.Parameter, dict[str, Tensor]],
+    gradients: Gradients,
+    directions: Gradients,
+    ok: Tensor,
+    precision: Callable[[nn.Parameter], torch.dtype],
+) -> None:
+    """Move the parameters, param group by param group; on the device, nothing if not `ok`.
+
+    Args:
+        groups: of the optimizer, with "lr", "base_lr", "momentum", "weight_decay" and "fallback_lr".
+        states: of the parameters; changed in place.
+        gradients: of the parameters that take part.
+        directions: of those of them that have one; the others follow AdamW's rule.
+        ok: bool on the device.
+        precision: in which the fallback of a parameter is computed.
+    """
+    gate = ok.to(torch.float64)  # not in float32, which would round the settings of float64 parameters
+    for group in groups:
+        members = [p for p in group["params"] if p in gradients]
+        covered = [p for p in members if p in directions]
+        others = [p for p in members if p not in directions]
+        lr, decay = scalar(group["lr"]), group["weight_decay"]
+        if decay:
+            torch._foreach_mul_(members, (1 - lr * decay * gate).to(members[0].dtype))
+        if covered:
+            own = [states[p] for p in covered]
+            _add_(covered, _momentum(own, [directions[p] for p in covered], group["momentum"], gate), lr * gate)
+        if others:
+            clean = [torch.where(ok, gradients[p], 0).to(precision(p)) for p in others]
+            found = adamw_directions(clean, [states[p] for p in others], ok)
+            rate = group["fallback_lr"] * (lr / group["base_lr"] if group["base_lr"] else lr != 0)
+            _add_(others, found, rate * gate)
+
+
+def _momentum(states: list[dict[str, Tensor]], directions: list[Tensor], mu: float, gate: Tensor) -> list[Tensor]:
+    if mu == 0:
+        return directions
+    for state, D in zip(states, directions, strict=True):
+        make_momentum(state, D)
+    buffers = [state["momentum"] for state in states]
+    torch._foreach_mul_(buffers, (1 - (1 - mu) * gate).to(buffers[0].dtype))
+    torch._foreach_add_(buffers, directions)
+    return buffers
+
+
+def _add_(params: list[nn.Parameter], steps: list[Tensor], rate: Tensor) -> None:
+    """p <- p + rate * step, in the parameters' own precision; `rate` is a scalar on the device."""
+    scaled = torch._foreach_mul(steps, rate.to(steps[0].dtype))
+    torch._foreach_add_(list[Tensor](params), [s.to(p.dtype) for p, s in zip(params, scaled, strict=True)])
