@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
 from grng.curvature import Layer
+from grng.curvature.order import ROWS
 from grng.curvature.passes import find_output
 from grng.errors import invalid
 from grng.kernels import Columns
@@ -208,7 +209,7 @@ class Posterior:
             uses: dict[Layer, list[Columns]] = {}
             for layer, statistics in gradients(cotangent.view_as(f)):
                 if layer in covered:
-                    if statistics.samples != len(f):
+                    if statistics.samples != len(f) or layer.order == ROWS:
                         raise TypeError(f"layer {layer.name!r} does not see the samples one by one: use predict()")
                     uses.setdefault(layer, []).append(statistics.columns())
             for layer, found in uses.items():

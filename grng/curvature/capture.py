@@ -64,7 +64,7 @@ class Capture:
         self._probing = False
         self._unreadable = False  # the step's output gradient is zero or not finite: there is nothing to check against
         self._check = SelfCheck()
-        self.order = RowOrder()
+        self.order = RowOrder(any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()))
         self._delivered: set[Layer] = set()
         self.engine, self.engine_reason = make_engine(config.capture, self, model, twice)
         self._handles = [

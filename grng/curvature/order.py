@@ -20,18 +20,22 @@ UNKNOWN = "unknown"  # taken for FIRST
 ORDERS = (UNKNOWN, FIRST, SECOND, ROWS)  # each prevails over those before it
 EITHER = "first or second"  # positions do not look at each other; it is as with the other layers
 MIXED = "mixed"  # a sample depends on rows of others, as in BatchNorm
+SHARED = "shared"  # the same, where there are no positions within a row: the layer may be called once for all samples
 PATIENCE = 4  # passes of the model
 
 
 class RowOrder:
     """Finds the order of every layer, and the axis of the model's output along which the samples lie.
 
+    Args:
+        coupled: whether the model may couple the samples of a batch, as BatchNorm does.
+
     Attributes:
         axis: 0; or 1, where that keeps samples apart in more of the layers.
     """
 
-    def __init__(self) -> None:
-        self.axis, self._asked = 0, 0
+    def __init__(self, coupled: bool) -> None:
+        self.coupled, self.axis, self._asked = coupled, 0, 0
 
     def ask(
         self, layers: Sequence[Any], f: Tensor, pairs: Callable[[Tensor], Iterable[tuple[Any, Tensor, Tensor]]]
@@ -58,11 +62,12 @@ class RowOrder:
                 raise
             except RuntimeError:  # no nested pass goes through this graph
                 return
-            mixed = {layer for layer, order in orders.items() if order == MIXED}
+            mixed = {layer for layer, order in orders.items() if order in (MIXED, SHARED)}
             swapped = SECOND in orders.values()
             if before is None or (swapped and mixed < before):
                 self.axis = axis
-                meant = {MIXED: FIRST, EITHER: SECOND if swapped else FIRST}
+                of_all = ROWS if not self.coupled and len(mixed) < len(orders) else FIRST  # as embeddings of places
+                meant = {MIXED: FIRST, SHARED: of_all, EITHER: SECOND if swapped else FIRST}
                 for layer, order in orders.items():
                     layer.order = meant.get(order, order)
             if not mixed:
@@ -85,8 +90,9 @@ def _orders(f: Tensor, axis: int, pairs: Callable[[Tensor], Iterable[tuple[Any, 
 
 def _joint(orders: set[str]) -> str:
     """That of all uses of a layer."""
-    if MIXED in orders:
-        return MIXED
+    for order in (MIXED, SHARED):
+        if order in orders:
+            return order
     telling = orders - {UNKNOWN, EITHER} or orders - {UNKNOWN} or orders
     return ROWS if len(telling) > 1 else telling.pop()
 
@@ -113,10 +119,10 @@ def order_of(ends: tuple[Tensor, Tensor], batch: int, swaps: bool) -> str:
     second = swaps and ends[0].ndim > 2 and _apart([e.transpose(0, 1).flatten(1) for e in ends], batch)
     if first or second:
         return EITHER if first and second else FIRST if first else SECOND
-    if swaps:
-        ends = ends[0].flatten(0, -2), ends[1].flatten(0, -2)
-    shared = torch.stack([(e != 0).flatten(1).any(1) for e in ends]).all(0)
-    return MIXED if bool(shared.any()) else ROWS
+    rows = [e.flatten(0, -2) if swaps else e.flatten(1) for e in ends]
+    if not bool(torch.stack([e.any(1) for e in rows]).all(0).any()):
+        return ROWS
+    return SHARED if swaps and ends[0].ndim == 2 else MIXED
 
 
 def _apart(ends: list[Tensor], batch: int) -> bool:
