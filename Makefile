@@ -17,7 +17,7 @@ test: .venv/installed
 	$(PYTEST)
 
 coverage: .venv/installed
-	$(PYTEST) --cov=grng --cov=kernels --cov=baselines --cov-branch \
+	$(PYTEST) --cov \
 		--cov-report=term-missing:skip-covered
 
 lint: .venv/installed

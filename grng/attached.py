@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from grng.curvature import Capture, Coverage, Curvature, Layer, Statistics
 from grng.curvature.engines import Hook
 from grng.curvature.layers import STATUS
-from grng.curvature.order import ORDERS
+from grng.curvature.order import ORDERS, UNKNOWN
 from grng.curvature.plan import check_model, coverage_of, find_layers, named_groups
 from grng.damping import Damping
 from grng.distributed import several, unwrapped
@@ -295,9 +295,11 @@ class AttachedOptimizer(StrictOptimizer):
         for layer in self._layers:
             state = self.state[layer.owner]
             self._preconditioner.load_state(layer, state)
-            status, observed, order, self._capture.order.axis = (int(v) for v in state["layer_status"])
-            layer.order = ORDERS[order]
-            if STATUS[status] != "pending":  # what was verified here stays so
+            status, observed, order, axis = (int(v) for v in state["layer_status"])
+            # What was found here stays so, where the checkpoint is of before.
+            if ORDERS[order] != UNKNOWN:
+                layer.order, self._capture.order.axis = ORDERS[order], axis
+            if STATUS[status] != "pending":
                 layer.status = STATUS[status]
                 layer.reason = "as in the checkpoint" if layer.status == "failed" else ""
             if observed:

@@ -488,7 +488,9 @@ def test_step_is_that_of_one_process(
     torch.testing.assert_close(found["steps"], expected["steps"], rtol=0, atol=1e-10)
     assert found["state"].keys() == expected["state"].keys()
     for n, value in expected["state"].items():
-        torch.testing.assert_close(found["state"][n], value, rtol=1e-7, atol=1e-9, msg=n)
+        # An expert that neither the first nor the last sample goes to shows no order, but may do so in its process.
+        part = slice(2) if n.endswith("layer_status") else ...
+        torch.testing.assert_close(found["state"][n][part], value[part], rtol=1e-7, atol=1e-9, msg=n)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "ring-identity"])
