@@ -17,8 +17,7 @@ test: .venv/installed
 	$(PYTEST)
 
 coverage: .venv/installed
-	$(PYTEST) --cov \
-		--cov-report=term-missing:skip-covered
+	$(PYTEST) --cov --cov-report=term-missing:skip-covered
 
 lint: .venv/installed
 	$(BIN)/ruff check .
