@@ -110,7 +110,7 @@ class Capture:
         if f is None or not f.numel():
             return
         if f.ndim > 0:
-            current.context.batch = f.shape[self.order.axis]
+            current.context.batch = self.order.samples(f)
         if self._probing:
             self._probed = current, f
             return
@@ -167,7 +167,7 @@ class Capture:
                 return
             current.context.normaliser = reading.normaliser
             self.order.ask(self.layers, f, lambda cotangent: self.engine.pairs(current, place, cotangent))
-            samples = f.shape[self.order.axis] if f.ndim else 1
+            samples = self.order.samples(f)
             current.context.batch = samples if f.ndim else None
             before = 0 if self.processes is None else self.processes.rank * samples  # in the others' parts of the batch
             current.context.offset = before + (self.batch.samples if self.batch else 0)
@@ -294,8 +294,8 @@ class Capture:
         batch, none = self.batch, torch.zeros((), device=device)
         seen = (none, none, none) if batch is None else (batch.predictions, batch.normaliser, batch.misfit)
         samples = 0 if batch is None else batch.samples
-        statuses, orders = zip(*((STATUS.index(l.status), ORDERS.index(l.order)) for l in self.layers), strict=True)
-        numbers = [samples, self.order.axis, *statuses, *orders]
+        orders = (ORDERS.index(layer.order) for layer in self.layers)
+        numbers = [samples, self.order.axis, *(STATUS.index(layer.status) for layer in self.layers), *orders]
         parts = torch.stack([number.double() for number in seen]), self.fisher.report(device), torch.tensor(numbers)
         return torch.cat([part.to(device, torch.float64) for part in parts])
 

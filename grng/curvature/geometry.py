@@ -300,13 +300,8 @@ NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
     *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
 )
-PLAIN, LINEAR, NORM, ROW_NORM, PACKED = (
-    Geometry(),
-    LinearGeometry(),
-    NormGeometry(),
-    RowNormGeometry(),
-    PackedGeometry(),
-)
+PLAIN, LINEAR, PACKED = Geometry(), LinearGeometry(), PackedGeometry()
+NORM, ROW_NORM = NormGeometry(), RowNormGeometry()
 TRANSPOSED = TransposedLinearGeometry()
 KINDS: tuple[tuple[Any, Geometry], ...] = (
     (nn.Linear, LINEAR),

@@ -37,6 +37,10 @@ class RowOrder:
     def __init__(self, coupled: bool) -> None:
         self.coupled, self.axis, self._asked = coupled, 0, 0
 
+    def samples(self, f: Tensor) -> int:
+        """How many samples the model's output is of."""
+        return f.shape[self.axis if f.ndim > self.axis else 0] if f.ndim else 1
+
     def ask(
         self, layers: Sequence[Any], f: Tensor, pairs: Callable[[Tensor], Iterable[tuple[Any, Tensor, Tensor]]]
     ) -> None:
@@ -47,11 +51,9 @@ class RowOrder:
             f: the model's output.
             pairs: a layer, its input and the gradient at its output, for every use, given a gradient at f.
         """
-        if (
-            self._asked == PATIENCE
-            or not f.ndim
-            or all(layer.order != UNKNOWN or not layer.pending for layer in layers)
-        ):
+        if not f.ndim or self._asked == PATIENCE:
+            return
+        if all(layer.order != UNKNOWN or not layer.pending for layer in layers):
             return
         self._asked += 1
         before: set[Any] | None = None  # layers in which the samples along the first axis are mixed
@@ -81,11 +83,18 @@ def _orders(f: Tensor, axis: int, pairs: Callable[[Tensor], Iterable[tuple[Any, 
         cotangent = torch.zeros_like(f)
         part = cotangent.select(axis, sample)
         part.copy_(torch.linspace(1, 2, part.numel()).view(part.shape))  # not all ones, which a softmax would hide
-        ends.append([(layer, e) for layer, _, e in pairs(cotangent)])
+        ends.append([(layer, seen_rows(e, layer.geometry.swaps)) for layer, _, e in pairs(cotangent)])
     found: dict[Any, set[str]] = {}
     for (layer, first), (_, last) in zip(*ends, strict=True):
-        found.setdefault(layer, set()).add(order_of((first, last), batch, layer.geometry.swaps))
+        found.setdefault(layer, set()).add(order_of(first, last, batch))
     return {layer: _joint(orders) for layer, orders in found.items()}
+
+
+def seen_rows(e: Tensor, swaps: bool) -> Tensor:
+    """Which rows have a gradient: one bool a row where any dimensions may come before the last, else (samples, 1).
+    None has, where one is not finite."""
+    seen = (e != 0).any(-1) if swaps or e.ndim < 2 else (e != 0).flatten(1).any(1, keepdim=True)
+    return seen & e.isfinite().all()
 
 
 def _joint(orders: set[str]) -> str:
@@ -97,38 +106,35 @@ def _joint(orders: set[str]) -> str:
     return ROWS if len(telling) > 1 else telling.pop()
 
 
-def order_of(ends: tuple[Tensor, Tensor], batch: int, swaps: bool) -> str:
+def order_of(first: Tensor, last: Tensor, batch: int) -> str:
     """The order of a layer's rows in one use.
 
     Args:
-        ends: gradients at the layer's output, (..., n), of what the model puts out for its first and its last sample.
+        first, last: the rows that the first and the last sample depend on, as `seen_rows` gives them.
         batch: samples in the batch.
-        swaps: whether the layer takes any leading dimensions, so that the first two may have changed places.
 
-    >>> of_first, of_last = torch.zeros(2, 4, 3, 1)  # three samples of four positions
-    >>> of_first[:, 0], of_last[:, 2] = 1.0, 1.0
-    >>> order_of((of_first, of_last), 3, swaps=True)
+    >>> first, last = torch.zeros(2, 4, 3, dtype=torch.bool)  # three samples of four positions
+    >>> first[:, 0], last[:, 2] = True, True
+    >>> order_of(first, last, batch=3)
     'second'
     """
-    if batch < 2 or ends[0].ndim < 2:
+    if batch < 2 or not first.ndim:
         return FIRST
-    if not all(bool(e.isfinite().all()) and bool(e.any()) for e in ends):
+    if not (bool(first.any()) and bool(last.any())):
         return UNKNOWN
-    count = samples_of(len(ends[0]), len(ends[0]), batch)
-    first = _apart([e.reshape(count, -1) for e in ends], batch)
-    second = swaps and ends[0].ndim > 2 and _apart([e.transpose(0, 1).flatten(1) for e in ends], batch)
-    if first or second:
-        return EITHER if first and second else FIRST if first else SECOND
-    rows = [e.flatten(0, -2) if swaps else e.flatten(1) for e in ends]
-    if not bool(torch.stack([e.any(1) for e in rows]).all(0).any()):
+    count = samples_of(len(first), len(first), batch)
+    leading = _apart(first.reshape(count, -1), last.reshape(count, -1), batch)
+    second = first.ndim > 1 and _apart(first.transpose(0, 1).flatten(1), last.transpose(0, 1).flatten(1), batch)
+    if leading or second:
+        return EITHER if leading and second else FIRST if leading else SECOND
+    if not bool((first & last).any()):
         return ROWS
-    return SHARED if swaps and ends[0].ndim == 2 else MIXED
+    return SHARED if first.ndim == 1 else MIXED
 
 
-def _apart(ends: list[Tensor], batch: int) -> bool:
+def _apart(first: Tensor, last: Tensor, batch: int) -> bool:
     """Whether each of the two lies in one row, and not in the same; where rows are samples, in the first and last."""
-    places = [e.any(1).nonzero().flatten().tolist() for e in ends]
-    if any(len(place) != 1 for place in places):
+    i, j = (rows.any(1).nonzero().flatten().tolist() for rows in (first, last))
+    if (len(i), len(j)) != (1, 1):
         return False
-    (first,), (last,) = places
-    return first != last if len(ends[0]) != batch else (first, last) == (0, batch - 1)
+    return i != j if len(first) != batch else (i, j) == ([0], [batch - 1])

@@ -141,13 +141,8 @@ def coverage_of(
             continue
         verified = {"pending": "pending", "verified": "yes", "failed": "no"}[layer.status]
         treatment = method if layer.active else fallback
-        reason = layer.reason or (
-            f"diagonal: {reasons[p]}"
-            if layer.plain
-            else type(layer.module).__name__
-            + f" ({layer.blocks} blocks)" * (layer.blocks > 1)
-            + ORDER_NOTES[layer.order]
-        )
+        kind = type(layer.module).__name__ + f" ({layer.blocks} blocks)" * (layer.blocks > 1) + ORDER_NOTES[layer.order]
+        reason = layer.reason or (f"diagonal: {reasons[p]}" if layer.plain else kind)
         rows.append(Row(names[p], shape, treatment, capture.engine.name, verified, reason))
     fisher = capture.config.fisher
     likelihood = capture.fisher.likelihood.name if capture.fisher.likelihood else "none"
