@@ -17,7 +17,7 @@ Gradients = dict[nn.Parameter, Tensor]
 
 def update_(
     groups: list[dict[str, Any]],
-    states: Mapping[nn.Parameter, dict[str, Tensor]],
+    states: Mapping[Tensor, dict[str, Any]],
     gradients: Gradients,
     directions: Gradients,
     ok: Tensor,
