@@ -134,7 +134,7 @@ def cell(row: Architecture, outcome: Outcome, variant: str, engine: str) -> dict
 def reasons(row: Architecture, outcome: Outcome) -> dict[str, list[str]]:
     """The parameters whose factors are not exact, by what is said of them."""
     found: dict[str, list[str]] = {}
-    for name, finding in outcome.findings.items():
+    for name, finding in sorted(outcome.findings.items()):
         if finding.kind in ("exact", "unused"):
             continue
         known = finding.words or row.claim(name).words or ("samples see each other" if row.coupled else "not compared")
