@@ -11,18 +11,22 @@ if TYPE_CHECKING:
     from grng.preconditioners import Preconditioner
 
 ABSOLUTE_FLOOR = 1e-8
+MEMORY = 0.9  # of the mean of ||g||^2
 
 
 class Damping:
     """lam(||g||^2) = rho ||g||^2 + lam0, both on the device.
 
-    What is not set is settled by the first finite batch, relative to its largest curvature s (derived here):
+    What is not set follows what was seen so far: S, the largest eigenvalue that F ever had, s, the one it has now, and N, the
+    largest running mean of ||g||^2 (derived here):
 
-        lam0 = floor * s (at least 1e-8),   rho = strength * s / ||g_0||^2 under damping,   strength / s under a penalty
+        lam0 = floor * S (at least 1e-8),   rho = strength * S / N under damping,   strength / s under a penalty
 
-    so that neither depends on the scale of the loss or of the parameters. A penalty's rho follows s, because
-    lr (1 + rho s) < 2 bounds its stability. A floor is mandatory: with a stale or low-rank F the step is 1/(rho ||g||)
-    without it.
+    so that neither depends on the scale of the loss or of the parameters, and lam is about (strength + floor) S where the
+    gradient is at its largest, and fades with it. After a small initialisation both grow by orders of magnitude within
+    ten steps: damping that suits the first batch then holds nothing, or freezes everything. A penalty's rho goes by s,
+    because lr (1 + rho s) < 2 bounds its stability. The filter's s is a property of its prior, and is settled with N by
+    the first batch. A floor is mandatory: with a stale or low-rank F the step is 1/(rho ||g||) without it.
 
     Args:
         variant: its regularization and its default strengths.
@@ -32,53 +36,61 @@ class Damping:
     """
 
     def __init__(self, variant: Variant, rho: Any, lam0: float | None, device: torch.device) -> None:
-        self.variant, self.auto_rho, self.auto_floor = variant, rho == "auto", lam0 is None
-        # float64, so that a setting reaches float64 factors unrounded.
-        self.rho = torch.full((), torch.nan if self.auto_rho else rho, dtype=torch.float64, device=device)
-        self.floor = torch.full((), torch.nan if lam0 is None else lam0, dtype=torch.float64, device=device)
-        self.settled = not (self.auto_rho or self.auto_floor)
+        self.variant, self.given_rho, self.given_floor = variant, None if rho == "auto" else rho, lam0
+        # In float64, so that a setting reaches float64 factors unrounded.
+        self.seen = torch.zeros(2, dtype=torch.float64, device=device)  # s, S
+        self.norms = torch.zeros(3, dtype=torch.float64, device=device)  # N; the mean of ||g||^2 times its weight; that
+        self.settled = False
+        self._derive()
+
+    def _derive(self) -> None:
+        (s, S), N, v = self.seen, self.norms[0], self.variant
+        # The filter needs no floor: its prior is one.
+        floor = (v.floor * S).clamp(min=ABSOLUTE_FLOOR) if v.floor else torch.zeros_like(S)
+        if v.regularization == "penalty":
+            rho = torch.where(s > 0, v.strength / s.clamp(min=ABSOLUTE_FLOOR), 0.0)
+        else:
+            rho = torch.where(N > 0, v.strength * S / N.clamp(min=1e-30), 0.0)
+        self.rho = rho if self.given_rho is None else torch.full_like(S, self.given_rho)
+        self.floor = floor if self.given_floor is None else torch.full_like(S, self.given_floor)
 
     def strength(self) -> Tensor:
-        """rho; zero while it is not settled."""
-        return torch.nan_to_num(self.rho)
+        """rho; zero before anything was measured."""
+        return self.rho
 
     def __call__(self, square_norm: Tensor) -> Tensor:
-        rho = self.strength() if self.variant.regularization == "damping" else 0.0
-        lam = rho * square_norm + torch.nan_to_num(self.floor)
+        rho = self.rho if self.variant.regularization == "damping" else 0.0
+        lam = rho * square_norm + self.floor
         return torch.nan_to_num(lam, nan=1.0, posinf=1.0)  # not finite only in a step that is skipped
 
-    def settle(self, preconditioner: "Preconditioner", square_norm: Tensor, ok: Tensor) -> None:
-        """After a refresh: fix what is relative to the curvature, where it is not fixed yet."""
-        penalty = self.variant.regularization == "penalty"
-        if self.settled and not (self.auto_rho and penalty):
+    def note(self, preconditioner: "Preconditioner", square_norm: Tensor, ok: Tensor, refreshed: bool) -> None:
+        """Bring what is relative up to date, in every step: N by its gradient, s and S where F was `refreshed`."""
+        fades = self.given_rho is None and self.variant.regularization == "damping" and self.variant.strength > 0
+        if self.settled or not (fades or (refreshed and None in (self.given_rho, self.given_floor))):
             return
-        largest = preconditioner.largest_curvature().to(self.rho.dtype)
-        ok = ok & largest.isfinite()
-        if self.auto_floor:
-            # The filter needs none: its prior is the floor.
-            floor = (self.variant.floor * largest).clamp(min=ABSOLUTE_FLOOR if self.variant.floor else 0.0)
-            self.floor = torch.where(torch.isnan(self.floor) & ok, floor, self.floor)
-        if self.auto_rho and penalty:
-            self.rho = torch.where(ok, self.variant.strength / largest.clamp(min=ABSOLUTE_FLOOR), self.rho)
-        elif self.auto_rho:
-            rho = torch.where(square_norm > 0, self.variant.strength * largest / square_norm.clamp(min=1e-30), 0.0)
-            self.rho = torch.where(torch.isnan(self.rho) & ok, rho, self.rho)
-        self.settled = self.settled or self._known()
-
-    def _known(self) -> bool:
-        """A look at values, until they are settled."""
-        return not bool(torch.isnan(self.rho) | torch.isnan(self.floor))
+        if refreshed:
+            s = preconditioner.largest_curvature().to(self.seen.dtype)
+            seen = torch.stack([s, torch.maximum(self.seen[1], s)])
+            self.seen = torch.where(ok & s.isfinite(), seen, self.seen)
+        if fades:
+            square_norm = square_norm.to(self.norms.dtype)
+            total, weight = (
+                MEMORY * self.norms[1:] + (1 - MEMORY) * torch.stack([square_norm, torch.ones_like(square_norm)])
+            ).unbind()
+            norms = torch.stack([torch.maximum(self.norms[0], total / weight), total, weight])
+            self.norms = torch.where(ok, norms, self.norms)
+        self._derive()
+        if not self.variant.follows:
+            self.settled = bool(self.seen[1] > 0)  # a look at the value, until it is settled
 
     def state(self) -> dict[str, Tensor]:
-        return {"grng_rho": self.rho, "grng_floor": self.floor}
+        return {"grng_damping": torch.cat([self.seen, self.norms])}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """What was settled comes back; what the constructor sets stays as it was set."""
-        if self.auto_rho:
-            self.rho = state["grng_rho"].clone()
-        if self.auto_floor:
-            self.floor = state["grng_floor"].clone()
-        self.settled = self._known()
+        """What was seen comes back; what the constructor sets stays as it was set."""
+        self.seen, self.norms = (part.clone() for part in state["grng_damping"].split([2, 3]))
+        self.settled = not self.variant.follows and bool(self.seen[1] > 0)
+        self._derive()
 
 
 def squared_norm(tensors: list[Tensor]) -> Tensor:
@@ -92,7 +104,10 @@ def squared_norm(tensors: list[Tensor]) -> Tensor:
 
 
 def kl_scale(limit: float, quadratic: Tensor) -> Tensor:
-    """nu = min(1, sqrt(kappa / (lr^2 sum_layers <D, F D>))) given that quadratic form.
+    """nu = min(1, sqrt(kappa / (lr^2 sum_layers <D, (F + lam I) D>))) given that quadratic form.
+
+    With lam in it, because a step into directions in which F holds next to nothing, and the damping all, would else have
+    no bound: F there is known least, and grows fastest after a small initialisation.
 
     >>> kl_scale(1.0, torch.tensor(4.0)).item()
     0.5

@@ -51,7 +51,7 @@ class GRNG(AttachedOptimizer):
         variant: ``"ring"``, ``"reng"``, ``"kalman"``, ``"kfac"`` or ``"ekfac"``.
         params: which parameters to train: tensors, (name, tensor) pairs or param groups; None: all trainable ones.
         lr: learning rate; None: the variant's default. 1 is the natural gradient step where F is exact.
-        rho: strength of the regularisation, or ``"auto"``: relative to the curvature of the first batch.
+        rho: strength of the regularisation, or ``"auto"``: relative to the curvature and the gradients seen so far.
         strength: with rho="auto", rho in those units; None: the variant's own (docs/variants.md has the table).
         momentum: in [0, 1).
         weight_decay: decoupled, times lr.
@@ -295,7 +295,8 @@ class GRNG(AttachedOptimizer):
         if self._new_layers() and not bool(ok):  # a look at the value, while there are layers not measured yet:
             self._forget()  # they count as measured from their first finite step on
             return None, self._scalars["kl_scale"], square_norm, ok
-        self._refresh(ok, square_norm)
+        self._refresh(ok)
+        self._damping.note(self._preconditioner, square_norm, ok, refreshed=bool(self._current))
         directions, scale = self._precondition(gradients, square_norm, ok)
         if self._capture.processes is not None:
             length = squared_norm(list(directions.values())) if directions else torch.zeros_like(square_norm)
@@ -312,10 +313,10 @@ class GRNG(AttachedOptimizer):
         return (t & (t - 1) == 0) if t < self._curvature.burn_in else t % self._period < stats
 
     def _chosen_period(self) -> int:
-        """Steps between decompositions: such that they take about half as long as the gradients meanwhile, by counts of
+        """Steps between decompositions: such that they take about a quarter as long as the gradients meanwhile, by counts of
         operations, and within one to ten times `stats_every`."""
         stats = self._curvature.stats_every
-        steps = 2 * self._preconditioner.decomposition_cost() / (STEP_OVERHEAD + self._work)
+        steps = 4 * self._preconditioner.decomposition_cost() / (STEP_OVERHEAD + self._work)
         return stats * min(10, max(1, math.ceil(steps / stats)))
 
     # Curvature.
@@ -323,7 +324,7 @@ class GRNG(AttachedOptimizer):
     def _new_layers(self) -> bool:
         return bool(self._layers) and (not self._observed or not self._fresh <= self._observed)
 
-    def _refresh(self, ok: Tensor, square_norm: Tensor) -> None:
+    def _refresh(self, ok: Tensor) -> None:
         """Fold this step's statistics in; on the device, those of a gradient that is not finite are left out."""
         batch, self._current, self._fresh = self._capture.batch, self._fresh, set()
         if batch is None or not self._current:
@@ -339,7 +340,6 @@ class GRNG(AttachedOptimizer):
         self._observed |= self._current
         self._scalars["refreshes"] = self._scalars["refreshes"] + 1
         self._scalars["misfit"] = batch.misfit
-        self._damping.settle(self._preconditioner, square_norm, ok)
 
     def _warn_unseen(self) -> None:
         if self._steps == 0 and not self._capture.entered and any(layer.active for layer in self._layers):
@@ -367,8 +367,10 @@ class GRNG(AttachedOptimizer):
         self._preconditioner.floor = self._damping.floor
         found = self._preconditioner.precondition(stacks, self._lam(stacks, square_norm))
         limit = None if isinstance(self._curvature.kl_clip, str) else self._curvature.kl_clip
-        # One number a matrix, all groups in one vector.
-        quadratic = None if limit is None else torch.cat(self._preconditioner.quadratic(stacks, found))
+        # One number a matrix, all groups in one vector. -<D, G> is <D, (F + lam I) D>, whatever solves the system.
+        quadratic = (
+            None if limit is None else -torch.cat([(D * G).sum((1, 2)) for D, G in zip(found, stacks, strict=True)])
+        )
         sums = torch.cat([D.sum((1, 2)) for D in found])
         # Where factors have overflowed or are not finite, the matrix stays where it is for this step.
         sound = (sums if quadratic is None else sums + quadratic).isfinite()
@@ -415,7 +417,7 @@ class GRNG(AttachedOptimizer):
         return norms
 
     def _squared_length(self, taking: list[Layer], quadratic: Tensor) -> Tensor:
-        """lr^2 <D, F D> summed over layers, each with the learning rate of its group; <D, F D> is given by matrix."""
+        """lr^2 <D, (F + lam I) D> summed over layers, each with the learning rate of its group; the form by matrix."""
         rates = [group["lr"] for group in self.param_groups]
         if len({id(rate) if isinstance(rate, Tensor) else rate for rate in rates}) == 1:
             return scalar(rates[0]) ** 2 * quadratic.sum()

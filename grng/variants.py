@@ -15,8 +15,9 @@ class Variant:
         regularization: `"damping"`, lam = rho ||g||^2 + lam0 (implicit); `"penalty"`, the gradient of
             L + rho/2 ||g||^2 (explicit); None.
         lr, momentum: defaults.
-        strength: of rho="auto", in units of the largest curvature of the first batch; 0: rho is 0.
+        strength: of rho="auto", in units of the largest curvature seen; 0: rho is 0.
         floor: of lam0, in the same units.
+        follows: whether these units go on being measured; else the first batch settles them.
         kl_clip: default trust region.
         settings: of the preconditioner.
     """
@@ -27,6 +28,7 @@ class Variant:
     momentum: float
     strength: float = 0.0
     floor: float = 0.0
+    follows: bool = True
     kl_clip: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -36,11 +38,11 @@ class Variant:
 
 
 VARIANTS: dict[str, Variant] = {
-    "ring": Variant("kfac", "damping", lr=0.1, momentum=0.9, strength=0.1, floor=0.3, kl_clip=1e-3),
-    "reng": Variant("kfac", "penalty", lr=0.1, momentum=0.9, strength=0.01, floor=1.0, kl_clip=1e-3),
-    "kalman": Variant("kalman", "damping", lr=1.0, momentum=0.0, strength=0.1),
-    "kfac": Variant("kfac", None, lr=0.1, momentum=0.9, floor=1.0, kl_clip=1e-3),
-    "ekfac": Variant("ekfac", None, lr=0.1, momentum=0.9, floor=1.0, kl_clip=1e-3),
+    "ring": Variant("kfac", "damping", lr=0.1, momentum=0.9, strength=0.05, floor=3e-4, kl_clip=1e-3),
+    "reng": Variant("kfac", "penalty", lr=0.1, momentum=0.9, strength=0.01, floor=0.03, kl_clip=1e-3),
+    "kalman": Variant("kalman", "damping", lr=1.0, momentum=0.0, strength=0.1, follows=False),
+    "kfac": Variant("kfac", None, lr=0.1, momentum=0.9, floor=0.03, kl_clip=1e-3),
+    "ekfac": Variant("ekfac", None, lr=0.1, momentum=0.9, floor=0.03, kl_clip=1e-3),
 }
 
 

@@ -9,12 +9,11 @@ from typing import Any
 from ..names import ordered
 from ..statistics import Ratio, interquartile_mean, paired_ratio, present, scores, study_time
 from .protocol import TARGET_STUDY
-from .spaces import TWINS
+from .spaces import OURS, TWINS
 from .targets import Target
 from .trial import Outcome
 
-OURS = ("ring", "reng", "reng/ggn", "kalman")
-ABLATIONS = tuple(dict.fromkeys(TWINS.values()))  # ours without regularization: neither ours nor rivals
+ABLATIONS = ("kalman/rho=0",)  # neither ours nor a rival
 
 
 @dataclass

@@ -14,8 +14,9 @@ from .. import pages
 from ..errors import InputError
 from ..names import flat
 from ..records import write_atomically
-from .analysis import OURS, Analysis, Comparison, analyse, iqm_of
+from .analysis import Analysis, Comparison, analyse, iqm_of
 from .figures import CLOCKS, draw_figures
+from .spaces import OURS
 from .store import Store
 from .targets import Target, read_targets
 
@@ -115,8 +116,7 @@ def score_section(analysis: Analysis, drawn: Sequence[str]) -> Section:
         "The score is AlgoPerf's: the area under the performance profile from 1 to 4 times the fastest, so that 1 is "
         "the fastest everywhere and 0 never within four times of it. Once of the median times of the seeds at the best "
         "setting, once of the search itself (median over the studies of each one's fastest trial). IQM: interquartile "
-        "mean, over workloads and seeds, of the time over the workload's fastest median; a miss counts as 4. K-FAC "
-        "variants without regularization (rho=0) take part as ablations."
+        "mean, over workloads and seeds, of the time over the workload's fastest median; a miss counts as 4."
     )
     headings = ("optimizer", "score, runs", "score, search", "IQM of times", "targets reached", "diverged or failed")
     return Section("Scores", text, headings, rows, [f for f in ("profile", "times") if f in drawn])

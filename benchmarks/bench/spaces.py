@@ -1,10 +1,11 @@
 """What is searched, and for whom: the roster of the comparison with its published search spaces.
 
 Every space has four dimensions: the peak learning rate, the horizon (the part of the budget over which that rate decays
-to zero and training ends, so that a faster method can be given a shorter run), and two more: as a rule the momentum or
-the weight decay and the method's own number. The spaces are the same for every workload. What is not searched is the
-optimizer's default. All search the same points of the unit cube, so that a variant and its twin without regularization
-differ in that alone.
+to zero and training ends, so that a faster method can be given a shorter run), and two more: as a rule the weight decay
+and the method's own number. The spaces are the same for every workload. What is not searched is the optimizer's
+default. All search the same points of the unit cube, so that a variant and its twin without regularization differ in
+that alone. Twins of `ring` and `reng` are K-FAC and EKFAC, which they are with rho = 0; where damping follows the
+gradient (`ring`), its strength takes the place of the floor.
 """
 
 import math
@@ -102,19 +103,20 @@ def rate(low: float, high: float) -> Dimension:
     return Dimension("lr", low, high)
 
 
-NATURAL = (rate(0.01, 1.0), HORIZON, Dimension("floor", 0.003, 3.0))
 MOMENTUM = Dimension("1-momentum", 0.02, 0.3)
-KALMAN = (rate(0.1, 3.0), HORIZON, Dimension("gamma", 3e-3, 0.3))
+NATURAL = (rate(0.01, 1.0), HORIZON, DECAY)
+CONSTANT, FADING = Dimension("floor", 1e-3, 1.0), Dimension("strength", 1e-3, 1.0)  # in the first batch's curvature
+KALMAN = (rate(0.1, 1.0), HORIZON, Dimension("gamma", 3e-3, 0.3))
 
 ROSTER = (
-    Contestant("ring", (*NATURAL, Dimension("strength", 0.01, 10.0, "log or zero"))),
-    Contestant("ring/rho=0", NATURAL, {"strength": 0.0}),
-    Contestant("reng", (*NATURAL, Dimension("strength", 1e-3, 1.0, "log or zero"))),
-    Contestant("reng/ggn", (*NATURAL, Dimension("strength", 1e-3, 1.0, "log or zero")), {"mode": "ggn"}),
+    Contestant("ring", (*NATURAL, FADING)),
+    Contestant("ring/ekfac", (*NATURAL, FADING), {"preconditioner": "ekfac"}),
+    Contestant("reng", (*NATURAL, CONSTANT)),
+    Contestant("reng/ggn", (*NATURAL, CONSTANT), {"mode": "ggn"}),
     Contestant("kalman", (*KALMAN, Dimension("strength", 0.01, 10.0, "log or zero"))),
     Contestant("kalman/rho=0", KALMAN, {"strength": 0.0}),
-    Contestant("kfac", (*NATURAL, MOMENTUM)),
-    Contestant("ekfac", (*NATURAL, MOMENTUM)),
+    Contestant("kfac", (*NATURAL, CONSTANT)),
+    Contestant("ekfac", (*NATURAL, CONSTANT)),
     Contestant("sgd-momentum", (rate(3e-3, 1.0), HORIZON, DECAY, MOMENTUM), {"nesterov": True}),
     Contestant("adamw", (ADAM_LR, HORIZON, DECAY, BETA1)),
     Contestant("nadamw", (ADAM_LR, HORIZON, DECAY, BETA1)),
@@ -125,7 +127,8 @@ ROSTER = (
     Contestant("adamw+sam", (ADAM_LR, HORIZON, DECAY, Dimension("sam.r", 3e-3, 0.3))),
     Contestant("adamw+gnp", (ADAM_LR, HORIZON, DECAY, Dimension("gnp.r", 3e-3, 0.3))),
 )
-TWINS = {"ring": "ring/rho=0", "reng": "ring/rho=0", "reng/ggn": "ring/rho=0", "kalman": "kalman/rho=0"}  # K-FAC's too
+OURS = ("ring", "ring/ekfac", "reng", "reng/ggn", "kalman")
+TWINS = {"ring": "kfac", "ring/ekfac": "ekfac", "reng": "kfac", "reng/ggn": "kfac", "kalman": "kalman/rho=0"}
 TARGETS_BY = ("sgd-momentum", "adamw", "nadamw")  # who sets the targets, before anybody else has run
 
 

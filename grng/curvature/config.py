@@ -36,11 +36,11 @@ class Curvature:
         ema: b, the decay of the running averages; 1 is the plain mean.
         stats_every: steps between statistics.
         inverse_every: steps between decompositions or inverses; None: between one and ten times `stats_every`, so that
-            by counts of operations they take about half as long as the gradients meanwhile.
+            by counts of operations they take about a quarter as long as the gradients meanwhile.
         burn_in: statistics and decompositions at every one of the first steps.
-        damping: the floor lam0; None: relative to the largest eigenvalue of the first batch's F.
+        damping: the floor lam0; None: relative to the largest eigenvalue that F has had.
         floor: lam0 in those units, where damping is None; None: the variant's own.
-        kl_clip: kappa of the trust region nu = min(1, sqrt(kappa / (lr^2 D^T F D))); None: no trust region; "auto": the
+        kl_clip: kappa of the trust region nu = min(1, sqrt(kappa / (lr^2 D^T (F + lam I) D))); None: no trust region; "auto": the
             variant's own.
         sharing: how a layer used at several positions is treated: `"expand"` (positions count as rows) or `"reduce"`
             (inputs averaged, gradients summed over the positions of a sample).
@@ -54,7 +54,7 @@ class Curvature:
     loss_scale: float | Literal["sum"] | None = None
     noise: float | Literal["auto", "scalar", "diagonal", "full"] = "auto"
     capture: Literal["auto", "backpack", "hooks"] = "auto"
-    ema: float = 0.95
+    ema: float = 0.9
     stats_every: int = 10
     inverse_every: int | None = None
     burn_in: int = 10

@@ -204,10 +204,6 @@ class Preconditioner(ABC):
                 return [(count > 0).view(-1, 1, 1) for count in stacked.count_values]
         return [torch.ones(g.size, 1, 1, dtype=torch.bool, device=g.device) for g in self.groups]
 
-    def quadratic(self, gradients: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
-        """<D, F D> of the last directions per matrix, one (k,) a group; without F its cheap stand-in -<D, G>."""
-        return [-(d * g).sum((1, 2)) for g, d in zip(gradients, directions, strict=True)]
-
     def curvature_product(self, gradients: list[Tensor]) -> list[Tensor]:
         """F G per group."""
         raise TypeError(f"preconditioner {self.name!r} has no curvature product: RENG's mode 'ggn' needs kfac or ekfac")

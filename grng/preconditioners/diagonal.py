@@ -31,6 +31,3 @@ class Diagonal(Preconditioner):
 
     def largest_curvature(self) -> Tensor:
         return torch.stack([h.amax() for h in self.fisher.stacks]).amax()
-
-    def quadratic(self, gradients: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
-        return [(h * d.square()).sum((1, 2)) for h, d in zip(self.fisher.values, directions, strict=True)]

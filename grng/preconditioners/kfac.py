@@ -24,7 +24,8 @@ from grng.preconditioners.base import Preconditioner, Stacked
 from grng.preconditioners.registry import register_preconditioner
 
 SOLVERS = ("eigen", "factored", "newton")
-COSTS = {"eigen": 25.0, "factored": 3.0, "newton": 3.0}  # of a factor of size n, over n^3 (measured on a CPU)
+# Of a factor of size n: COSTS n^2 (n + SMALL_SIZES), the second for what small matrices take longer (measured on a CPU).
+COSTS, SMALL_SIZES = {"eigen": 25.0, "factored": 3.0, "newton": 3.0}, 250
 NEGLIGIBLE = 100  # times the rounding error: curvature below that part of the damping is left out
 SMALL = 128  # matrices of which no side is larger are not worth the trouble
 
@@ -67,7 +68,6 @@ class KFAC(Preconditioner):
             self.X_g = self.buffer("X_g", lambda g: (g.n_out, g.n_out))
         self._stale = False
         self._valid = torch.ones((), dtype=torch.bool)
-        self._curvature: list[Tensor] = []
         self._kept: list[tuple[int, int] | None] | None = None
 
     def observe(self, layer: Layer, statistics: Statistics) -> None:
@@ -110,21 +110,18 @@ class KFAC(Preconditioner):
     def precondition(self, gradients: list[Tensor], damping: list[Tensor]) -> list[Tensor]:
         if self.solver != "eigen":
             return self._factored(gradients, damping)
-        directions, self._curvature = [], []
+        directions = []
         if self._kept is None:
             self._kept = self._worth_keeping()
         parts = zip(gradients, self.spectrum(), damping, self.bases(), self._kept, strict=True)
         for G, s, lam, (U_g, U_l), kept in parts:
             if kept is None:
-                coordinates = rotate(G, U_g, U_l) / -(s + lam)
-                directions.append(rotate_back(coordinates, U_g, U_l))
+                directions.append(rotate_back(rotate(G, U_g, U_l) / -(s + lam), U_g, U_l))
             else:  # 1/(s + lam) = 1/lam - s/(lam (s + lam)), and s is next to nothing beside lam but in a corner
                 a, b = kept
                 s, U_g, U_l = s[:, -a:, -b:], U_g[:, :, -a:], None if U_l is None else U_l[:, :, -b:]
                 corner = rotate(G, U_g, U_l) / (s + lam)
                 directions.append(rotate_back(corner * s, U_g, U_l).sub_(G).div_(lam))
-                coordinates = -corner
-            self._curvature.append((s * coordinates.square()).sum((1, 2)))
         return directions
 
     def _worth_keeping(self) -> list[tuple[int, int] | None]:
@@ -147,10 +144,7 @@ class KFAC(Preconditioner):
             self._invert(damping)
             self._stale = False
         factors = zip(gradients, self.X_g.values, self.X_l.values, strict=True)
-        directions = [-factored_precondition(G, X_g, X_l) for G, X_g, X_l in factors]
-        products = zip(directions, self.curvature_product(directions), strict=True)
-        self._curvature = [(D * FD).sum((1, 2)) for D, FD in products]
-        return directions
+        return [-factored_precondition(G, X_g, X_l) for G, X_g, X_l in factors]
 
     def _invert(self, damping: list[Tensor]) -> None:
         shift_in, shift_out = [], []
@@ -185,7 +179,7 @@ class KFAC(Preconditioner):
 
     def decomposition_cost(self) -> float:
         sizes = (n for g in self.groups for n in (*([] if g.indexed else [g.n_in]), g.n_out) for _ in range(g.size))
-        return COSTS[self.solver] * sum(n**3 for n in sizes)
+        return COSTS[self.solver] * sum(n**2 * (n + SMALL_SIZES) for n in sizes)
 
     def curvature_product(self, gradients: list[Tensor]) -> list[Tensor]:
         if self.solver == "eigen":  # the F that is inverted: with a younger one F^{-1} F g could be anything
@@ -216,6 +210,3 @@ class KFAC(Preconditioner):
                 for Gamma, L in zip(self.Gamma.values, self.Lambda.values, strict=True)
             ]
         ).amax()
-
-    def quadratic(self, gradients: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
-        return self._curvature

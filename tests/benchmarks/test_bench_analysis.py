@@ -39,14 +39,14 @@ def test_time_to_the_target_and_the_best(values, goal, value, time, best):
 
 
 RUNS = [
-    *(made("small", "ring", [0.5, v, 0.95], seed=s, pace=1.0) for s, v in enumerate((0.9, 0.8, 0.91))),
-    *(made("small", "ring/rho=0", [0.5, 0.6, 0.7, 0.92], seed=s, pace=1.0) for s in range(3)),
+    *(made("small", "kalman", [0.5, v, 0.95], seed=s, pace=1.0) for s, v in enumerate((0.9, 0.8, 0.91))),
+    *(made("small", "kalman/rho=0", [0.5, 0.6, 0.7, 0.92], seed=s, pace=1.0) for s in range(3)),
     *(made("small", "adamw", [0.5, 0.6, v, 0.8], seed=s, pace=2.0) for s, v in enumerate((0.9, 0.9, 0.7))),
     *(made("small", "soap", [0.1], seed=s, status="failed", step_seconds={}) for s in range(3)),
 ]
 TRIALS = [
-    *(made("small", "ring", [0.5, 0.9], phase="tune", study=s, number=n, pace=1.0) for s in (0, 1) for n in (0, 1)),
-    made("small", "ring", [0.9] * 9, phase="tune", study=TARGET_STUDY, pace=9.0),
+    *(made("small", "kalman", [0.5, 0.9], phase="tune", study=s, number=n, pace=1.0) for s in (0, 1) for n in (0, 1)),
+    made("small", "kalman", [0.9] * 9, phase="tune", study=TARGET_STUDY, pace=9.0),
     made("small", "adamw", [0.9], phase="target", seed=7, pace=0.001),
 ]
 
@@ -54,7 +54,7 @@ TRIALS = [
 def test_lines_by_hand():
     found = analyse([*RUNS, *TRIALS], GOAL, "seconds")
     assert found.workloads == ["small"]
-    assert found.optimizers == ["ring", "ring/rho=0", "adamw", "soap"]
+    assert found.optimizers == ["kalman", "kalman/rho=0", "adamw", "soap"]
     ring, _, adamw, soap = (next(x for x in found.lines if x.optimizer == n) for n in found.optimizers)
     assert (ring.times, ring.time, ring.reached) == ([2, 3, 2], 2, 3)
     assert (ring.steps_to, ring.evaluations_to) == (20, 40)
@@ -63,21 +63,26 @@ def test_lines_by_hand():
     assert (adamw.times, adamw.time, adamw.reached) == ([6, 6, INF], 6, 2)
     assert adamw.best == pytest.approx((np.mean([0.9, 0.9, 0.8]), np.std([0.9, 0.9, 0.8], ddof=1)))
     assert (soap.time, soap.best, soap.equal_time, soap.step, soap.trouble) == (INF, None, None, {}, {"failed": 3})
-    assert [x.optimizer for x in found.lines_of("small")] == ["ring", "ring/rho=0", "adamw", "soap"]
+    assert [x.optimizer for x in found.lines_of("small")] == ["kalman", "kalman/rho=0", "adamw", "soap"]
     assert (ring.step_ratio, adamw.step_ratio, soap.step_ratio) == (0.5, 1.0, None)
     assert ring.step["gradient"] == 0.05
     assert (ring.tuning, adamw.tuning) == (8.0, None), "without the search of the targets"
-    assert found.tuned == {"small": {"ring": 2.0}}
+    assert found.tuned == {"small": {"kalman": 2.0}}
     assert (ring.settings, ring.horizon, ring.seeds, ring.state_bytes) == ({"lr": 0.1}, 1.0, [0, 1, 2], 1000)
 
 
 def test_equal_time_and_equal_steps():
     """Until the first had ended: ring, after 3 seconds and 30 steps."""
     found = {x.optimizer: x for x in analyse(RUNS, GOAL, "seconds").lines}
-    assert {n: x.equal_time for n, x in found.items()} == {"ring": 0.95, "ring/rho=0": 0.7, "adamw": 0.5, "soap": None}
+    assert {n: x.equal_time for n, x in found.items()} == {
+        "kalman": 0.95,
+        "kalman/rho=0": 0.7,
+        "adamw": 0.5,
+        "soap": None,
+    }
     assert {n: x.equal_steps for n, x in found.items()} == {
-        "ring": 0.95,
-        "ring/rho=0": 0.7,
+        "kalman": 0.95,
+        "kalman/rho=0": 0.7,
         "adamw": 0.9,
         "soap": None,
     }
@@ -91,18 +96,18 @@ def test_equal_time_and_equal_steps():
 )
 def test_every_clock(clock, time, tuning, whole):
     found = analyse([*RUNS, *TRIALS], GOAL, clock)
-    line = next(x for x in found.lines if x.optimizer == "ring")
+    line = next(x for x in found.lines if x.optimizer == "kalman")
     assert (line.time, line.tuning, total(RUNS[0], clock)) == (time, tuning, whole)
-    assert found.tuned["small"]["ring"] == time
+    assert found.tuned["small"]["kalman"] == time
 
 
 def test_pairs_by_hand():
     found = analyse(RUNS, GOAL, "seconds")
     [rival] = found.against_rivals()
-    assert (rival.workload, rival.own, rival.other) == ("small", "ring", "adamw")
+    assert (rival.workload, rival.own, rival.other) == ("small", "kalman", "adamw")
     assert (rival.ratio.median, rival.ratio.pairs, rival.ratio.undecided) == (pytest.approx(1 / 3), 3, 0)
     [twin] = found.against_twins()
-    assert (twin.own, twin.other, twin.ratio.median) == ("ring", "ring/rho=0", pytest.approx(0.5))
+    assert (twin.own, twin.other, twin.ratio.median) == ("kalman", "kalman/rho=0", pytest.approx(0.5))
 
 
 @pytest.mark.parametrize(
@@ -135,18 +140,18 @@ def test_pairs_of_misses(ours, theirs, median, pairs, undecided):
 def test_scores_count_who_ran_everywhere():
     goals = {name: target(name, 0.9) for name in ("a", "b", "c")}
     runs = [
-        *(made(w, "ring", [0.9], pace=p) for w, p in (("a", 1.0), ("b", 4.0), ("c", 1.0))),
+        *(made(w, "kalman", [0.9], pace=p) for w, p in (("a", 1.0), ("b", 4.0), ("c", 1.0))),
         *(made(w, "adamw", [0.9], pace=p) for w, p in (("a", 2.5), ("b", 2.0), ("c", 9.0))),
         made("a", "soap", [0.9], pace=0.1),
     ]
     found = analyse(runs, goals, "seconds")
     assert found.times() == {
-        "a": {"ring": 1.0, "adamw": 2.5},
-        "b": {"ring": 4.0, "adamw": 2.0},
-        "c": {"ring": 1.0, "adamw": 9.0},
+        "a": {"kalman": 1.0, "adamw": 2.5},
+        "b": {"kalman": 4.0, "adamw": 2.0},
+        "c": {"kalman": 1.0, "adamw": 9.0},
     }
-    assert found.run_scores() == pytest.approx({"ring": (1 + 2 / 3 + 1) / 3, "adamw": (0.5 + 1 + 0) / 3})
-    assert list(found.run_scores()) == ["ring", "adamw"]
+    assert found.run_scores() == pytest.approx({"kalman": (1 + 2 / 3 + 1) / 3, "adamw": (0.5 + 1 + 0) / 3})
+    assert list(found.run_scores()) == ["kalman", "adamw"]
     assert found.tuned_scores() == {}
     lines = [x for x in found.lines if x.optimizer == "adamw"]
     assert iqm_of(lines, {"a": 1.0, "b": 2.0, "c": 1.0}) == pytest.approx(7.5 / 3), "2.5, 1 and 4 for the nine"
@@ -156,19 +161,21 @@ def test_without_a_target_nothing_is_timed():
     found = analyse([*RUNS, *TRIALS], {"other": target("other")}, "seconds")
     assert (found.targets, found.tuned, found.times(), found.against_rivals()) == ({}, {}, {}, [])
     assert {x.time for x in found.lines} == {INF}
-    assert found.lines_of("small")[0].optimizer == "ring", "by the best value"
+    assert found.lines_of("small")[0].optimizer == "kalman", "by the best value"
 
 
 def test_all_runs_of_the_reference_failed():
-    runs = [made("small", "ring", [0.9]), made("small", "adamw", [], status="failed", step_seconds={})]
+    runs = [made("small", "kalman", [0.9]), made("small", "adamw", [], status="failed", step_seconds={})]
     found = analyse(runs, GOAL, "seconds")
-    assert [(x.optimizer, x.time, x.step_ratio) for x in found.lines] == [("ring", 1.0, None), ("adamw", INF, None)]
+    assert [(x.optimizer, x.time, x.step_ratio) for x in found.lines] == [("kalman", 1.0, None), ("adamw", INF, None)]
 
 
 def test_lower_is_better_where_it_is():
-    runs = [made("small", n, v, goal="min") for n, v in (("ring", [0.5, 0.3]), ("adamw", [0.5, 0.2]), ("soap", [0.4]))]
+    runs = [
+        made("small", n, v, goal="min") for n, v in (("kalman", [0.5, 0.3]), ("adamw", [0.5, 0.2]), ("soap", [0.4]))
+    ]
     found = analyse(runs, {"small": target("small", 0.1, "min")}, "seconds")
-    assert [x.optimizer for x in found.lines_of("small")] == ["adamw", "ring", "soap"]
+    assert [x.optimizer for x in found.lines_of("small")] == ["adamw", "kalman", "soap"]
     assert found.lines_of("small")[0].best == (0.2, 0.0)
 
 
@@ -185,7 +192,7 @@ def test_diagnosis_and_memory():
 
 # AlgoPerf's score, from the files.
 
-NAMES, WORKLOADS, STUDIES, TUNED = ("ring", "adamw", "soap"), ("one", "two", "three"), 3, 5
+NAMES, WORKLOADS, STUDIES, TUNED = ("kalman", "adamw", "soap"), ("one", "two", "three"), 3, 5
 
 
 def written(store):

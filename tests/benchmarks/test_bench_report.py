@@ -22,7 +22,7 @@ TITLES = (
     "Targets",
 )
 TARGETS = {name: target(name) for name in ("small", "transformers:vit")}
-NAMES = ("ring", "ring/rho=0", "adamw", "soap")
+NAMES = ("kalman", "kalman/rho=0", "adamw", "soap")
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
@@ -135,21 +135,21 @@ def test_the_numbers(whole):
         assert len({len(row) for row in rows}) == 1, title
     scores = {row[0]: row for row in tables["Scores"][1:]}
     assert set(scores) == set(NAMES), "kfac did not run everywhere"
-    assert scores["ring"][1:4] == ["1.000", "1.000", "1.00"]
+    assert scores["kalman"][1:4] == ["1.000", "1.000", "1.00"]
     assert scores["adamw"][3] == "2.89", "times of 9 and 9.33 over a median of 3.17"
     assert scores["soap"][1:4] == ["0.000", "0.000", "4.00"]
-    assert (scores["ring"][4:], scores["soap"][4:]) == (["2/2", "0"], ["0/2", "0"])
+    assert (scores["kalman"][4:], scores["soap"][4:]) == (["2/2", "0"], ["0/2", "0"])
     lines = {row[0]: row for row in tables["small"][1:]}
-    assert list(lines) == ["ring", "ring/rho=0", "adamw", "soap", "kfac"]
-    assert lines["ring"][1:7] == ["3.167", "30", "60", "2/2", "0.95 ± 0", "0.95 ± 0"]
+    assert list(lines) == ["kalman", "kalman/rho=0", "adamw", "soap", "kfac"]
+    assert lines["kalman"][1:7] == ["3.167", "30", "60", "2/2", "0.95 ± 0", "0.95 ± 0"]
     assert lines["soap"][1:5] == ["missed", "missed", "missed", "0/2"]
     assert lines["kfac"][5:8] == ["–", "–", "–"]
     assert [row[:3] for row in tables["What the regularization does"][1:]] == [
-        [w, "ring", "ring/rho=0"] for w in TARGETS
+        [w, "kalman", "kalman/rho=0"] for w in TARGETS
     ]
-    assert tables["Ours against the best rival"][1][1:3] == ["ring", "adamw"]
+    assert tables["Ours against the best rival"][1][1:3] == ["kalman", "adamw"]
     assert tables["Settings of the runs"][1][3] == "lr=0.1, gnp.r=0.05"
-    assert tables["Diagnostics"][1] == ["small", "ring", "0.5", "0.25", "–"]
+    assert tables["Diagnostics"][1] == ["small", "kalman", "0.5", "0.25", "–"]
     assert tables["Targets"][1][3] == "lr=0.1, betas=(0.9, 0.99)"
     assert len(tables["Cost"]) == 1 + 2 * len(NAMES)
 
@@ -196,10 +196,10 @@ def test_every_clock_and_a_search_alone(tmp_path, clock):
 
 def test_runs_that_all_missed_or_failed(tmp_path):
     found = [
-        *(made("small", "ring", [0.1, None], seed=s, status="diverged", settings={"lr": 0.1}) for s in range(2)),
-        *(made("small", "ring/rho=0", [0.1], seed=s) for s in range(2)),
+        *(made("small", "kalman", [0.1, None], seed=s, status="diverged", settings={"lr": 0.1}) for s in range(2)),
+        *(made("small", "kalman/rho=0", [0.1], seed=s) for s in range(2)),
         *(made("small", "adamw", [], seed=s, status="failed", step_seconds={}) for s in range(2)),
-        made("small", "ring", [None], phase="tune"),
+        made("small", "kalman", [None], phase="tune"),
     ]
     written(tmp_path, found, targets=TARGETS)
     tables = tables_of((tmp_path / "results.md").read_text())

@@ -191,7 +191,7 @@ def test_setting_a_users_optimizer_on_the_command_line(tmp_path):
 
 def test_the_whole_comparison_with_a_users_file(tmp_path):
     path, out = file(tmp_path, PARAMS + SPACE), tmp_path / "out"
-    names = ("--optimizer", f"{path},ring,ring/rho=0,adamw", "--workload", "digits-mlp", "--budget", "0.02")
+    names = ("--optimizer", f"{path},ring,kfac,adamw", "--workload", "digits-mlp", "--budget", "0.02")
 
     def call(command, *arguments):
         result = CliRunner().invoke(make_app(), ["bench", command, *arguments, "--out", str(out)])

@@ -8,7 +8,7 @@ import torch
 from grng.baselines import make_optimizer
 from grng.benchmarks.bench import ROSTER, Contestant, Dimension
 from grng.benchmarks.bench.search import DIMENSIONS
-from grng.benchmarks.bench.spaces import BETAS, HORIZON, TARGETS_BY, TWINS, find_contestant
+from grng.benchmarks.bench.spaces import BETAS, HORIZON, OURS, TARGETS_BY, TWINS, find_contestant
 from grng.benchmarks.errors import InputError
 from grng.benchmarks.loop import Stepper
 from grng.benchmarks.names import check_name, optimizer_of
@@ -64,18 +64,22 @@ def test_the_roster():
         names = [d.name for d in contestant.space]
         assert names[:2] == ["lr", "horizon"]
         assert contestant.space[1] is HORIZON
-        assert len(set(names)) == len(names) == DIMENSIONS - contestant.name.endswith("/rho=0")
-        assert contestant.name.endswith("/rho=0") == (contestant.fixed.get("strength") == 0)
+        assert len(set(names)) == len(names) == DIMENSIONS - (contestant.name == "kalman/rho=0")
+    assert find_contestant("kalman/rho=0").fixed == {"strength": 0.0}
     assert (HORIZON.low, HORIZON.high) == (0.15, 1.0)
     assert {*TWINS, *TWINS.values(), *TARGETS_BY} <= set(NAMES)
+    assert set(OURS) == set(TWINS)
     with pytest.raises(InputError, match=r"'sgd' is not in the roster: choose among ring, .*MODULE:CLASS"):
         find_contestant("sgd")
 
 
 @pytest.mark.parametrize("own", [own for own in TWINS if not own.startswith("kalman")])
 def test_twins_search_alike(own):
-    assert find_contestant(own).space[:3] == find_contestant(TWINS[own]).space
-    assert [d.name for d in find_contestant(own).space] == ["lr", "horizon", "floor", "strength"]
+    a, b = find_contestant(own).space, find_contestant(TWINS[own]).space
+    assert a[:3] == b[:3]
+    assert (a[3].low, a[3].high, a[3].kind) == (b[3].low, b[3].high, b[3].kind)
+    assert [d.name for d in b] == ["lr", "horizon", "weight_decay", "floor"]
+    assert a[3].name == ("strength" if own.startswith("ring") else "floor")
 
 
 def test_the_kalman_twin():
@@ -103,8 +107,9 @@ def test_betas_are_those_of_the_optimizers():
         (find_contestant("sgd-momentum"), {"1-momentum": 0.1}, {"momentum": 0.9, "nesterov": True}, 1.0),
         (find_contestant("muon"), {"1-momentum": 0.02}, {"momentum": 0.98}, 1.0),
         (find_contestant("adamw+sam"), {"lr": 0.1, "sam.r": 0.05}, {"lr": 0.1, "sam": {"r": 0.05}}, 1.0),
-        (find_contestant("ring/rho=0"), {"floor": 0.5}, {"floor": 0.5, "strength": 0.0}, 1.0),
-        (find_contestant("reng/ggn"), {"strength": 0.1}, {"strength": 0.1, "mode": "ggn"}, 1.0),
+        (find_contestant("kalman/rho=0"), {"gamma": 0.5}, {"gamma": 0.5, "strength": 0.0}, 1.0),
+        (find_contestant("reng/ggn"), {"floor": 0.1}, {"floor": 0.1, "mode": "ggn"}, 1.0),
+        (find_contestant("ring/ekfac"), {"strength": 0.1}, {"strength": 0.1, "preconditioner": "ekfac"}, 1.0),
         (Contestant("adamw", (), {"lr": 0.5, "gnp.r": 1}), {"lr": 0.1}, {"lr": 0.5, "gnp": {"r": 1}}, 1.0),
     ],
 )

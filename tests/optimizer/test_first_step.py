@@ -289,36 +289,54 @@ def test_grouped_convolution(norm: Any) -> None:
     ids=str,
 )
 def test_automatic_damping(name: str, given: dict[str, float]) -> None:
-    """lam0 = floor * s and rho = strength * s / ||g_0||^2, s the largest curvature of the first batch."""
-    model, batches = mlp(5, 4, 3), stream(2, 12, 5)
+    """lam0 = floor * S and rho = strength * S / N, N the largest running mean of ||g||^2; here one batch is measured."""
+    model, batches = mlp(5, 4, 3), stream(4, 12, 5)
     variant = replace(VARIANTS[METHODS[name].variant], **given)
     own = {key: value for key, value in given.items() if key == "strength"}
     floor = {key: value for key, value in given.items() if key == "floor"}
-    first, *_ = (measure(model, x, y, "exact") for x, y in batches)
+    first = measure(model, *batches[0], "exact")
     largest = {
         "ring-diagonal": max(b.squares.max() for b in first),
         "ring-factored": max(b.Lambda.trace() * b.Gamma.trace() for b in first),
         "ekfac": max(b.squares_in(torch.linalg.eigh(b.Gamma)[1], torch.linalg.eigh(b.Lambda)[1]).max() for b in first),
     }.get(name, max(torch.linalg.matrix_norm(kron(b), 2) for b in first))
-    norms = []
-    with METHODS[name](model, curvature=settings(fisher="exact", **floor), **own) as optimizer:
+    norms, means = [], []
+    curvature = settings(fisher="exact", burn_in=1, stats_every=100, **floor)
+    with METHODS[name](model, curvature=curvature, **own) as optimizer:
         for batch in batches:
             norms.append(sum(b.gradient.square().sum() for b in measure(model, *batch, "exact")))
+            weights = [0.9**age for age in reversed(range(len(norms)))]
+            means.append(sum(w * norm for w, norm in zip(weights, norms, strict=True)) / sum(weights))
             train(optimizer, model, [batch])
-            expected = (variant.floor + variant.strength * norms[-1] / norms[0]) * largest
+            expected = (variant.floor + variant.strength * norms[-1] / max(means)) * largest
             assert optimizer.diagnostics["lam"].item() == pytest.approx(expected.item(), rel=1e-9)
-    assert norms[1] != norms[0]
+    assert len(set(norms)) == 4
+
+
+@pytest.mark.parametrize("variant", ["ring", "reng", "kfac", "ekfac"])
+def test_damping_follows_the_curvature(variant: str) -> None:
+    """S is the largest curvature so far: it goes up with the scale of the inputs, and stays; a penalty's rho comes back."""
+    model, seen = mlp(5, 4, 3), []
+    curvature = Curvature(fisher="exact", burn_in=0, stats_every=1, ema=0.0, inverse_every=1)
+    with GRNG(model, variant, lr=0.0, curvature=curvature, **({"mode": "ggn"} if variant == "reng" else {})) as optimizer:
+        for scale, (x, y) in zip((1.0, 10.0, 1.0), stream(1, 12, 5) * 3, strict=True):
+            train(optimizer, model, [(scale * x, y)])
+            seen.append((optimizer._damping.floor.item(), optimizer.diagnostics["rho"].item()))
+    floors, rhos = zip(*seen, strict=True)
+    assert floors[1] > 2 * floors[0]
+    assert floors[2] == floors[1]
+    if variant == "reng":
+        assert rhos[1] < 0.5 * rhos[0]
+        assert rhos[2] == pytest.approx(rhos[0], rel=1e-9)
 
 
 def quadratic(name: str, b: Block, D: Tensor) -> Tensor:
-    """<D, F D>; of the filter, which has no F, its stand-in -<D, g>."""
+    """<D, F D> of the F that was inverted."""
     if name == "ring-diagonal":
         return (b.squares * D.square()).sum()
     if name == "ekfac":
         U_g, U_l = torch.linalg.eigh(b.Gamma)[1], torch.linalg.eigh(b.Lambda)[1]
         return (b.squares_in(U_g, U_l) * (U_g.T @ D @ U_l).square()).sum()
-    if name == "ring-identity":
-        return -(D * b.gradient).sum()
     return D.flatten() @ kron(b) @ D.flatten()
 
 
@@ -326,24 +344,25 @@ def quadratic(name: str, b: Block, D: Tensor) -> Tensor:
 @pytest.mark.parametrize("share", [0.25, 4.0], ids=["clipped", "free"])
 @pytest.mark.parametrize("name", [*DENSE, "reng-ggn"])
 def test_kl_clip(name: str, share: float, rates: tuple[float, float]) -> None:
-    """nu = min(1, sqrt(kappa / (sum over layers of lr^2 <D, F D>))), each layer with the lr of its group."""
+    """nu = min(1, sqrt(kappa / (sum over layers of lr^2 <D, (F + lam I) D>))), each layer with the lr of its group."""
     x, y = stream(1, 12, 5)[0]
     clean, clipped = mlp(5, 4, 3), mlp(5, 4, 3)
     blocks = measure(clean, x, y, "exact")
 
-    def move(model: nn.Sequential, kl_clip: float | None) -> tuple[Tensor, float]:
+    def move(model: nn.Sequential, kl_clip: float | None) -> tuple[Tensor, float, Tensor]:
         groups = [{"params": model[i].parameters(), "lr": rate} for i, rate in zip((0, 2), rates, strict=True)]
         curvature = settings(fisher="exact", damping=LAM0, kl_clip=kl_clip)
         with METHODS[name](model, params=groups, momentum=0.0, curvature=curvature) as optimizer:
             moved = displacement(model, lambda: train(optimizer, model, [(x, y)]))
-            return moved, optimizer.diagnostics["kl_scale"].item()
+            return moved, optimizer.diagnostics["kl_scale"].item(), optimizer.diagnostics["lam"]
 
-    free, one = move(clean, None)
-    length = sum(quadratic(name, b, D) for b, D in zip(blocks, as_matrices(free, blocks), strict=True))
-    if name == "ring-identity":  # linear in the step: one lr is still to be multiplied
-        pairs = zip(blocks, as_matrices(free, blocks), rates, strict=True)
-        length = sum(lr * quadratic(name, b, D) for b, D, lr in pairs)
-    moved, nu = move(clipped, share * length.item())
+    free, one, lam = move(clean, None)
+    triples = list(zip(blocks, as_matrices(free, blocks), rates, strict=True))
+    if name in ("ring-identity", "ring-factored", "ring-newton"):  # no F, or one that is damped in its factors
+        length = sum(-lr * (D * b.gradient).sum() for b, D, lr in triples)  # D is lr D, so that one lr is missing
+    else:
+        length = sum(quadratic(name, b, D) + lam * D.square().sum() for b, D, _ in triples)
+    moved, nu, _ = move(clipped, share * length.item())
     assert one == 1
     assert nu == pytest.approx(min(1, share**0.5), rel=1e-9)
     assert relative(moved, min(1, share**0.5) * free) < 1e-9

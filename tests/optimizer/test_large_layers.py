@@ -93,8 +93,8 @@ def test_costs_of_both_orders() -> None:
     ("settings", "sizes", "samples", "period"),
     [
         ({}, (8, 4), 16, 10),  # fixed costs outweigh it
-        ({}, (400, 400), 16, 100),  # 2 * 25 (401^3 + 400^3) against 1e8 + 6 * 16 * 401 * 400: 56.06 steps
-        ({}, (300, 300), 64, 30),
+        ({}, (400, 400), 16, 100),  # 4 * 25 (401^2 651 + 400^2 650) against 1e8 + 6 * 16 * 401 * 400: 181 steps
+        ({}, (300, 300), 64, 80),
         ({"stats_every": 4}, (400, 400), 16, 40),
         ({"inverse_every": 7}, (400, 400), 16, 7),
     ],
@@ -108,7 +108,7 @@ def test_decompositions_are_spaced_by_their_cost(
         n, m = sizes[0] + 1, sizes[1]
         if not settings.get("inverse_every"):
             stats = settings.get("stats_every", 10)
-            exact = 2 * 25 * (n**3 + m**3) / (1e8 + 6 * samples * n * m)
+            exact = 4 * 25 * (n**2 * (n + 250) + m**2 * (m + 250)) / (1e8 + 6 * samples * n * m)
             period = stats * min(10, max(1, -(-exact // stats)))
         assert optimizer._period == period
 

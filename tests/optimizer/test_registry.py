@@ -201,11 +201,6 @@ class Mask(Root):
         return [m.flatten() for m in super().measured()]
 
 
-class Quadratic(Root):
-    def quadratic(self, gradients: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
-        return [(d * g).sum() for d, g in zip(directions, gradients, strict=True)]
-
-
 class Scale(Root):
     def largest_curvature(self) -> Tensor:
         return -torch.stack([s.amax() for s in self.second.stacks]).amax()
@@ -311,7 +306,6 @@ BROKEN: list[tuple[type[Preconditioner], str]] = [
     (Undamped, r"embedding gives directions that are not finite on an ordinary batch"),
     (InPlace, r"changes the gradients that it was given"),
     (Mask, r"gives a wrong measured\(\)"),
-    (Quadratic, r"gives a wrong quadratic\(\)"),
     (Scale, r"gives a wrong largest_curvature\(\)"),
     (Counting, r"lets a batch that is not valid change 0\.steps"),
     (Poisoned, r"gives directions that are not finite after a batch that is not valid"),
