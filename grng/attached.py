@@ -4,7 +4,6 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from copy import copy
 from typing import Any, Self
 
 import torch
@@ -142,7 +141,8 @@ class AttachedOptimizer(StrictOptimizer):
         copies = [t.clone() for t in tensors]
         parts = [(part, dict(vars(part))) for part in (self._damping, self._capture.fisher.noise, self._front)]
         failures = self._preconditioner.failures
-        numbers = {name: copy(vars(self)[name]) for name in ("_period", "_made", "_observed", "_scalars")}
+        numbers = {"_period": self._period, "_made": self._made}
+        numbers |= {"_observed": set(self._observed), "_scalars": dict(self._scalars)}
         try:
             yield
         except BaseException:

@@ -17,15 +17,15 @@ MEMORY = 0.9  # of the mean of ||g||^2
 class Damping:
     """lam(||g||^2) = rho ||g||^2 + lam0, both on the device.
 
-    What is not set follows what was seen so far: S, the largest eigenvalue that F ever had, s, the one it has now, and N, the
-    largest running mean of ||g||^2 (derived here):
+    What is not set follows what was seen so far: S, the largest eigenvalue that F has had, s, the one it has now, and
+    N, the largest running mean of ||g||^2 (derived here):
 
         lam0 = floor * S (at least 1e-8),   rho = strength * S / N under damping,   strength / s under a penalty
 
-    so that neither depends on the scale of the loss or of the parameters, and lam is about (strength + floor) S where the
-    gradient is at its largest, and fades with it. After a small initialisation both grow by orders of magnitude within
-    ten steps: damping that suits the first batch then holds nothing, or freezes everything. A penalty's rho goes by s,
-    because lr (1 + rho s) < 2 bounds its stability. The filter's s is a property of its prior, and is settled with N by
+    so that neither depends on the scale of the loss or of the parameters, and lam is about (strength + floor) S where
+    the gradient is at its largest, and fades with it. After a small initialisation both grow by orders of magnitude
+    within ten steps: damping that suits the first batch then holds nothing, or freezes everything. A penalty's rho goes
+    by s, because lr (1 + rho s) < 2 bounds its stability. The filter's s is one of its prior, and settled with N by
     the first batch. A floor is mandatory: with a stale or low-rank F the step is 1/(rho ||g||) without it.
 
     Args:
@@ -38,21 +38,34 @@ class Damping:
     def __init__(self, variant: Variant, rho: Any, lam0: float | None, device: torch.device) -> None:
         self.variant, self.given_rho, self.given_floor = variant, None if rho == "auto" else rho, lam0
         # In float64, so that a setting reaches float64 factors unrounded.
-        self.seen = torch.zeros(2, dtype=torch.float64, device=device)  # s, S
-        self.norms = torch.zeros(3, dtype=torch.float64, device=device)  # N; the mean of ||g||^2 times its weight; that
+        self.latest = self.largest = self.norm = torch.zeros((), dtype=torch.float64, device=device)  # s, S, N
+        self.running = torch.zeros(
+            2, dtype=torch.float64, device=device
+        )  # the mean of ||g||^2 times its weight, and that
+        self.one = torch.ones((), dtype=torch.float64, device=device)
         self.settled = False
         self._derive()
 
+    @property
+    def _fades(self) -> bool:
+        return self.given_rho is None and self.variant.regularization == "damping" and self.variant.strength > 0
+
     def _derive(self) -> None:
-        (s, S), N, v = self.seen, self.norms[0], self.variant
+        """lam0, and what rho is but for N."""
+        v = self.variant
         # The filter needs no floor: its prior is one.
-        floor = (v.floor * S).clamp(min=ABSOLUTE_FLOOR) if v.floor else torch.zeros_like(S)
-        if v.regularization == "penalty":
-            rho = torch.where(s > 0, v.strength / s.clamp(min=ABSOLUTE_FLOOR), 0.0)
+        floor = (v.floor * self.largest).clamp(min=ABSOLUTE_FLOOR) if v.floor else torch.zeros_like(self.one)
+        self.floor = floor if self.given_floor is None else self.one * self.given_floor
+        if self.given_rho is not None:
+            self.rho = self.one * self.given_rho
+        elif v.regularization == "penalty":
+            self.rho = torch.where(self.latest > 0, v.strength / self.latest.clamp(min=ABSOLUTE_FLOOR), 0.0)
         else:
-            rho = torch.where(N > 0, v.strength * S / N.clamp(min=1e-30), 0.0)
-        self.rho = rho if self.given_rho is None else torch.full_like(S, self.given_rho)
-        self.floor = floor if self.given_floor is None else torch.full_like(S, self.given_floor)
+            self.scale = v.strength * self.largest
+            self._fade()
+
+    def _fade(self) -> None:
+        self.rho = self.scale / self.norm.clamp(min=1e-30)
 
     def strength(self) -> Tensor:
         """rho; zero before anything was measured."""
@@ -65,31 +78,31 @@ class Damping:
 
     def note(self, preconditioner: "Preconditioner", square_norm: Tensor, ok: Tensor, refreshed: bool) -> None:
         """Bring what is relative up to date, in every step: N by its gradient, s and S where F was `refreshed`."""
-        fades = self.given_rho is None and self.variant.regularization == "damping" and self.variant.strength > 0
-        if self.settled or not (fades or (refreshed and None in (self.given_rho, self.given_floor))):
+        if self.settled:
             return
-        if refreshed:
-            s = preconditioner.largest_curvature().to(self.seen.dtype)
-            seen = torch.stack([s, torch.maximum(self.seen[1], s)])
-            self.seen = torch.where(ok & s.isfinite(), seen, self.seen)
-        if fades:
-            square_norm = square_norm.to(self.norms.dtype)
-            total, weight = (
-                MEMORY * self.norms[1:] + (1 - MEMORY) * torch.stack([square_norm, torch.ones_like(square_norm)])
-            ).unbind()
-            norms = torch.stack([torch.maximum(self.norms[0], total / weight), total, weight])
-            self.norms = torch.where(ok, norms, self.norms)
-        self._derive()
+        if self._fades:
+            running = self.running.lerp(torch.stack([square_norm.to(self.one), self.one]), 1 - MEMORY)
+            self.running = torch.where(ok, running, self.running)
+            self.norm = torch.where(ok, torch.maximum(self.norm, running[0] / running[1]), self.norm)
+        if refreshed and None in (self.given_rho, self.given_floor):
+            s = preconditioner.largest_curvature().to(self.one)
+            sound = ok & s.isfinite()
+            self.latest = torch.where(sound, s, self.latest)
+            self.largest = torch.maximum(self.latest, self.largest)
+            self._derive()
+        elif self._fades:
+            self._fade()
         if not self.variant.follows:
-            self.settled = bool(self.seen[1] > 0)  # a look at the value, until it is settled
+            self.settled = bool(self.largest > 0)  # a look at the value, until it is settled
 
     def state(self) -> dict[str, Tensor]:
-        return {"grng_damping": torch.cat([self.seen, self.norms])}
+        return {"grng_damping": torch.stack([self.latest, self.largest, self.norm, *self.running])}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """What was seen comes back; what the constructor sets stays as it was set."""
-        self.seen, self.norms = (part.clone() for part in state["grng_damping"].split([2, 3]))
-        self.settled = not self.variant.follows and bool(self.seen[1] > 0)
+        self.latest, self.largest, self.norm, *running = state["grng_damping"].clone()
+        self.running = torch.stack(running)
+        self.settled = not self.variant.follows and bool(self.largest > 0)
         self._derive()
 
 
@@ -106,8 +119,8 @@ def squared_norm(tensors: list[Tensor]) -> Tensor:
 def kl_scale(limit: float, quadratic: Tensor) -> Tensor:
     """nu = min(1, sqrt(kappa / (lr^2 sum_layers <D, (F + lam I) D>))) given that quadratic form.
 
-    With lam in it, because a step into directions in which F holds next to nothing, and the damping all, would else have
-    no bound: F there is known least, and grows fastest after a small initialisation.
+    With lam in it, because a step into directions in which F holds next to nothing, and the damping all, would else
+    have no bound: F there is known least, and grows fastest after a small initialisation.
 
     >>> kl_scale(1.0, torch.tensor(4.0)).item()
     0.5

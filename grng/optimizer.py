@@ -313,8 +313,8 @@ class GRNG(AttachedOptimizer):
         return (t & (t - 1) == 0) if t < self._curvature.burn_in else t % self._period < stats
 
     def _chosen_period(self) -> int:
-        """Steps between decompositions: such that they take about a quarter as long as the gradients meanwhile, by counts of
-        operations, and within one to ten times `stats_every`."""
+        """Steps between decompositions: such that they take about a quarter as long as the gradients meanwhile, by
+        counts of operations, and within one to ten times `stats_every`."""
         stats = self._curvature.stats_every
         steps = 4 * self._preconditioner.decomposition_cost() / (STEP_OVERHEAD + self._work)
         return stats * min(10, max(1, math.ceil(steps / stats)))
@@ -368,17 +368,15 @@ class GRNG(AttachedOptimizer):
         found = self._preconditioner.precondition(stacks, self._lam(stacks, square_norm))
         limit = None if isinstance(self._curvature.kl_clip, str) else self._curvature.kl_clip
         # One number a matrix, all groups in one vector. -<D, G> is <D, (F + lam I) D>, whatever solves the system.
-        quadratic = (
-            None if limit is None else -torch.cat([(D * G).sum((1, 2)) for D, G in zip(found, stacks, strict=True)])
-        )
-        sums = torch.cat([D.sum((1, 2)) for D in found])
+        pairs = zip(found, stacks, strict=True)
+        quadratic = -torch.cat([torch.linalg.vecdot(D.flatten(1), G.flatten(1)) for D, G in pairs])
         # Where factors have overflowed or are not finite, the matrix stays where it is for this step.
-        sound = (sums if quadratic is None else sums + quadratic).isfinite()
+        sound = quadratic.isfinite()
         known = torch.cat(self._preconditioner.measured()).flatten() & ok
         still = ~(known & sound)
         self._scalars["broken"] = self._scalars["broken"] + (known & still).sum()
         scale = torch.ones((), dtype=torch.float64, device=self._device)
-        if quadratic is not None and limit is not None:
+        if limit is not None:
             # Within momentum, not outside of it: a direction too long for the region must not be remembered as such.
             scale = kl_scale(limit, self._squared_length(taking, quadratic.masked_fill(still, 0))).to(scale.dtype)
         parts = zip(found, still.view(-1, 1, 1).split([len(D) for D in found]), strict=True)

@@ -24,7 +24,7 @@ from grng.preconditioners.base import Preconditioner, Stacked
 from grng.preconditioners.registry import register_preconditioner
 
 SOLVERS = ("eigen", "factored", "newton")
-# Of a factor of size n: COSTS n^2 (n + SMALL_SIZES), the second for what small matrices take longer (measured on a CPU).
+# Of a factor of size n: COSTS n^2 (n + SMALL_SIZES), the latter for what small ones take longer (measured on a CPU).
 COSTS, SMALL_SIZES = {"eigen": 25.0, "factored": 3.0, "newton": 3.0}, 250
 NEGLIGIBLE = 100  # times the rounding error: curvature below that part of the damping is left out
 SMALL = 128  # matrices of which no side is larger are not worth the trouble
@@ -69,6 +69,7 @@ class KFAC(Preconditioner):
         self._stale = False
         self._valid = torch.ones((), dtype=torch.bool)
         self._kept: list[tuple[int, int] | None] | None = None
+        self._seen: list[Tensor] | None = None
 
     def observe(self, layer: Layer, statistics: Statistics) -> None:
         self.Lambda.add(layer, statistics.input_sum(), statistics.rows)
@@ -80,6 +81,7 @@ class KFAC(Preconditioner):
         self._valid = batch.valid  # decompositions of a step that is skipped change nothing
         self._kept = None
         if decompose:
+            self._seen = None
             if self.solver == "eigen":
                 self._eigen(self.Lambda, self.l, self.U_l)
                 self._eigen(self.Gamma, self.gamma, self.U_g)
@@ -190,12 +192,14 @@ class KFAC(Preconditioner):
 
     def load_state(self, layer: Layer, state: dict[str, Tensor]) -> None:
         super().load_state(layer, state)
-        self._kept, self._stale = None, False
+        self._kept, self._seen, self._stale = None, None, False
 
     def measured(self) -> list[Tensor]:
         # By what the last decomposition saw: a factor may have been measured only since.
-        seen = self.l.values if self.solver == "eigen" else [X.flatten(1) for X in self.X_l.values]
-        return [(values.sum(1) != 0).view(-1, 1, 1) for values in seen]
+        if self._seen is None:
+            seen = self.l.values if self.solver == "eigen" else [X.flatten(1) for X in self.X_l.values]
+            self._seen = [(values.sum(1) != 0).view(-1, 1, 1) for values in seen]
+        return self._seen
 
     def largest_curvature(self) -> Tensor:
         """The largest eigenvalue of F over all groups; under the factored forms the product of the largest traces."""

@@ -289,7 +289,7 @@ def test_grouped_convolution(norm: Any) -> None:
     ids=str,
 )
 def test_automatic_damping(name: str, given: dict[str, float]) -> None:
-    """lam0 = floor * S and rho = strength * S / N, N the largest running mean of ||g||^2; here one batch is measured."""
+    """lam0 = floor * S and rho = strength * S / N, N the largest running mean of ||g||^2; one batch is measured."""
     model, batches = mlp(5, 4, 3), stream(4, 12, 5)
     variant = replace(VARIANTS[METHODS[name].variant], **given)
     own = {key: value for key, value in given.items() if key == "strength"}
@@ -315,10 +315,12 @@ def test_automatic_damping(name: str, given: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("variant", ["ring", "reng", "kfac", "ekfac"])
 def test_damping_follows_the_curvature(variant: str) -> None:
-    """S is the largest curvature so far: it goes up with the scale of the inputs, and stays; a penalty's rho comes back."""
+    """S goes up with the scale of the inputs, and stays; a penalty's rho comes back."""
     model, seen = mlp(5, 4, 3), []
     curvature = Curvature(fisher="exact", burn_in=0, stats_every=1, ema=0.0, inverse_every=1)
-    with GRNG(model, variant, lr=0.0, curvature=curvature, **({"mode": "ggn"} if variant == "reng" else {})) as optimizer:
+    with GRNG(
+        model, variant, lr=0.0, curvature=curvature, **({"mode": "ggn"} if variant == "reng" else {})
+    ) as optimizer:
         for scale, (x, y) in zip((1.0, 10.0, 1.0), stream(1, 12, 5) * 3, strict=True):
             train(optimizer, model, [(scale * x, y)])
             seen.append((optimizer._damping.floor.item(), optimizer.diagnostics["rho"].item()))
