@@ -12,13 +12,16 @@ if TYPE_CHECKING:
 
 ABSOLUTE_FLOOR = 1e-8
 MEMORY = 0.9  # of the mean of ||g||^2
+OUTLIER = 100.0  # times that mean is the most that one gradient counts
+FADE = 0.98  # of the largest curvature, a refresh: after a batch out of all proportion it comes back
 
 
 class Damping:
     """lam(||g||^2) = rho ||g||^2 + lam0, both on the device.
 
     What is not set follows what was seen so far: S, the largest eigenvalue that F has had, s, the one it has now, and
-    N, the largest running mean of ||g||^2 (derived here):
+    N, the largest running mean of ||g||^2 (derived here; S fades by a fiftieth a refresh, and a gradient counts for at
+    most 100 times the mean, so that one batch out of all proportion does not set them for good):
 
         lam0 = floor * S (at least 1e-8),   rho = strength * S / N under damping,   strength / s under a penalty
 
@@ -81,14 +84,17 @@ class Damping:
         if self.settled:
             return
         if self._fades:
-            running = self.running.lerp(torch.stack([square_norm.to(self.one), self.one]), 1 - MEMORY)
+            mean = self.running[0] / self.running[1]
+            most = torch.where(mean > 0, OUTLIER * mean, torch.inf)
+            sample = torch.stack([torch.minimum(square_norm.to(self.one), most), self.one])
+            running = self.running.lerp(sample, 1 - MEMORY)
             self.running = torch.where(ok, running, self.running)
             self.norm = torch.where(ok, torch.maximum(self.norm, running[0] / running[1]), self.norm)
         if refreshed and None in (self.given_rho, self.given_floor):
             s = preconditioner.largest_curvature().to(self.one)
             sound = ok & s.isfinite()
             self.latest = torch.where(sound, s, self.latest)
-            self.largest = torch.maximum(self.latest, self.largest)
+            self.largest = torch.maximum(self.latest, FADE * self.largest)
             self._derive()
         elif self._fades:
             self._fade()
