@@ -94,7 +94,7 @@ class Damping:
             s = preconditioner.largest_curvature().to(self.one)
             sound = ok & s.isfinite()
             self.latest = torch.where(sound, s, self.latest)
-            self.largest = torch.maximum(self.latest, FADE * self.largest)
+            self.largest = torch.where(sound, torch.maximum(s, FADE * self.largest), self.largest)
             self._derive()
         elif self._fades:
             self._fade()
