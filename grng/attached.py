@@ -232,7 +232,7 @@ class AttachedOptimizer(StrictOptimizer):
         stayed where they were for a step, because their direction was not finite). With regularizers that take passes
         also theirs: see `grng.regularizers.Regularized.diagnostics`.
         """
-        own = {**self._scalars, "rho": self._damping.strength(), "failures": self._preconditioner.failures}
+        own = {**self._scalars, "rho": self._damping.rho, "failures": self._preconditioner.failures}
         return {**self._front.diagnostics, **own}
 
     # State and life cycle.
@@ -336,6 +336,7 @@ class AttachedOptimizer(StrictOptimizer):
             raise ValueError(f"the checkpoint was written without regularizers: it holds no {STEPS!r}. {remedy}")
         held = [(p, name) for p in saved for name in OF_A_PARAMETER if name in saved[p]]
         wanted = {(p, name): torch.Size() if name == "step" else p.shape for p, name in held}
+        wanted.update({(self._first, name): value.shape for name, value in self._damping.state().items()})
         for layer in self._layers:
             state = {**self._preconditioner.state(layer), "layer_status": torch.zeros(4)}
             wanted.update({(layer.owner, name): value.shape for name, value in state.items()})

@@ -10,6 +10,7 @@ from grng.variants import Variant
 if TYPE_CHECKING:
     from grng.preconditioners import Preconditioner
 
+STATE = "grng_damping"  # its name in a checkpoint
 ABSOLUTE_FLOOR = 1e-8
 MEMORY = 0.9  # of the mean of ||g||^2
 OUTLIER = 100.0  # times that mean is the most that one gradient counts
@@ -42,10 +43,8 @@ class Damping:
         self.variant, self.given_rho, self.given_floor = variant, None if rho == "auto" else rho, lam0
         # In float64, so that a setting reaches float64 factors unrounded.
         self.latest = self.largest = self.norm = torch.zeros((), dtype=torch.float64, device=device)  # s, S, N
-        self.running = torch.zeros(
-            2, dtype=torch.float64, device=device
-        )  # the mean of ||g||^2 times its weight, and that
-        self.one = torch.ones((), dtype=torch.float64, device=device)
+        self.mean = self.weight = self.latest  # of ||g||^2 over MEMORY, and how much of that memory is filled
+        self.one = torch.ones_like(self.latest)
         self.settled = False
         self._derive()
 
@@ -54,25 +53,18 @@ class Damping:
         return self.given_rho is None and self.variant.regularization == "damping" and self.variant.strength > 0
 
     def _derive(self) -> None:
-        """lam0, and what rho is but for N."""
+        """rho and lam0 from s, S and N."""
         v = self.variant
-        # The filter needs no floor: its prior is one.
-        floor = (v.floor * self.largest).clamp(min=ABSOLUTE_FLOOR) if v.floor else torch.zeros_like(self.one)
-        self.floor = floor if self.given_floor is None else self.one * self.given_floor
         if self.given_rho is not None:
             self.rho = self.one * self.given_rho
         elif v.regularization == "penalty":
             self.rho = torch.where(self.latest > 0, v.strength / self.latest.clamp(min=ABSOLUTE_FLOOR), 0.0)
         else:
-            self.scale = v.strength * self.largest
-            self._fade()
-
-    def _fade(self) -> None:
-        self.rho = self.scale / self.norm.clamp(min=1e-30)
-
-    def strength(self) -> Tensor:
-        """rho; zero before anything was measured."""
-        return self.rho
+            self.rho = v.strength * self.largest / self.norm.clamp(min=1e-30)
+        if self.given_floor is not None:
+            self.floor = self.one * self.given_floor
+        else:  # the filter needs no floor: its prior is one
+            self.floor = (v.floor * self.largest).clamp(min=ABSOLUTE_FLOOR if v.floor else 0.0)
 
     def __call__(self, square_norm: Tensor) -> Tensor:
         rho = self.rho if self.variant.regularization == "damping" else 0.0
@@ -84,30 +76,29 @@ class Damping:
         if self.settled:
             return
         if self._fades:
-            mean = self.running[0] / self.running[1]
-            most = torch.where(mean > 0, OUTLIER * mean, torch.inf)
-            sample = torch.stack([torch.minimum(square_norm.to(self.one), most), self.one])
-            running = self.running.lerp(sample, 1 - MEMORY)
-            self.running = torch.where(ok, running, self.running)
-            self.norm = torch.where(ok, torch.maximum(self.norm, running[0] / running[1]), self.norm)
-        if refreshed and None in (self.given_rho, self.given_floor):
+            most = torch.where(self.mean > 0, OUTLIER * self.mean, torch.inf)
+            sample = torch.minimum(square_norm.to(self.one), most)
+            weight = MEMORY * self.weight + (1 - MEMORY)
+            mean = self.mean.lerp(sample, (1 - MEMORY) / weight)
+            self.weight, self.mean = torch.where(ok, weight, self.weight), torch.where(ok, mean, self.mean)
+            self.norm = torch.maximum(self.norm, self.mean)
+        refreshed &= None in (self.given_rho, self.given_floor)
+        if refreshed:
             s = preconditioner.largest_curvature().to(self.one)
             sound = ok & s.isfinite()
             self.latest = torch.where(sound, s, self.latest)
             self.largest = torch.where(sound, torch.maximum(s, FADE * self.largest), self.largest)
+        if refreshed or self._fades:
             self._derive()
-        elif self._fades:
-            self._fade()
         if not self.variant.follows:
             self.settled = bool(self.largest > 0)  # a look at the value, until it is settled
 
     def state(self) -> dict[str, Tensor]:
-        return {"grng_damping": torch.stack([self.latest, self.largest, self.norm, *self.running])}
+        return {STATE: torch.stack([self.latest, self.largest, self.norm, self.mean, self.weight])}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """What was seen comes back; what the constructor sets stays as it was set."""
-        self.latest, self.largest, self.norm, *running = state["grng_damping"].clone()
-        self.running = torch.stack(running)
+        self.latest, self.largest, self.norm, self.mean, self.weight = state[STATE].clone()
         self.settled = not self.variant.follows and bool(self.largest > 0)
         self._derive()
 

@@ -166,7 +166,7 @@ class GRNG(AttachedOptimizer):
                 remedy = "mode='ggn' of reng takes none, and goes with any."
                 raise invalid("regularizer", chain, f"one without passes for reng in mode {self._mode!r}", remedy)
             mode = "double" if self._mode == "double" else "forward"
-            chain = (Explicit(self._damping.strength, mode=mode), *chain)
+            chain = (Explicit(lambda: self._damping.rho, mode=mode), *chain)
         me = weakref.ref(self)  # no cycle: hooks go with the last reference to the optimizer
         groups = lambda: me().param_groups  # type: ignore[union-attr]  # noqa: E731
         return FrontEnd(chain, groups, self._called, self._capture.paused, self._capture.note_gradient)
@@ -363,7 +363,7 @@ class GRNG(AttachedOptimizer):
         stacks = self._stack(taking, gradients, ok)
         if self._mode == "ggn":
             products = self._preconditioner.curvature_product(stacks)
-            stacks = [G + self._damping.strength().to(G.dtype) * FG for G, FG in zip(stacks, products, strict=True)]
+            stacks = [G + self._damping.rho.to(G.dtype) * FG for G, FG in zip(stacks, products, strict=True)]
         self._preconditioner.floor = self._damping.floor
         found = self._preconditioner.precondition(stacks, self._lam(stacks, square_norm))
         limit = None if isinstance(self._curvature.kl_clip, str) else self._curvature.kl_clip

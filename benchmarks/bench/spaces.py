@@ -105,7 +105,7 @@ def rate(low: float, high: float) -> Dimension:
 
 MOMENTUM = Dimension("1-momentum", 0.02, 0.3)
 NATURAL = (rate(0.01, 1.0), HORIZON, DECAY)
-CONSTANT, FADING = Dimension("floor", 1e-3, 1.0), Dimension("strength", 1e-3, 1.0)  # in the first batch's curvature
+CONSTANT, FADING = Dimension("floor", 1e-3, 1.0), Dimension("strength", 1e-3, 1.0)  # times the largest curvature seen
 KALMAN = (rate(0.1, 1.0), HORIZON, Dimension("gamma", 3e-3, 0.3))
 
 ROSTER = (
