@@ -6,6 +6,7 @@ first time a layer is seen, the pair of the user's own backward pass must reprod
 uses of e x^T == the change of p.grad. A layer where it does not falls to the first-order fallback, visibly.
 """
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,7 +56,7 @@ class Capture:
     ) -> None:
         self.layers, self.config, self.sink = layers, config, sink
         self.collecting = True
-        self.current: Pass | None = None
+        self._thread = threading.local()
         self.entered = False  # whether a forward pass was ever seen
         self.batch: Batch | None = None
         self.fisher = FisherReader(config)
@@ -80,6 +81,15 @@ class Capture:
         ]
 
     # The forward pass.
+
+    @property
+    def current(self) -> Pass | None:
+        """The forward pass that runs in this thread; another may evaluate the model meanwhile."""
+        return getattr(self._thread, "current", None)
+
+    @current.setter
+    def current(self, current: Pass | None) -> None:
+        self._thread.current = current
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         # Under torch.func the tensors are wrapped, and gradients are not those of a training step.

@@ -3,7 +3,6 @@
 import threading
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -233,6 +232,32 @@ def test_a_model_in_each_of_four_threads(method: Method) -> None:
     assert [matmul.fp32_precision for matmul in MATMULS] == before
 
 
+@pytest.mark.parametrize("capture", ["hooks", "backpack"])
+def test_a_pass_of_another_thread_within_a_forward_pass(capture: str) -> None:
+    """An evaluation that begins and ends between two layers of the training pass changes nothing."""
+    ends = []
+    for beside in (False, True):
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+        def evaluate(i: int, model: nn.Module = model) -> None:
+            with torch.no_grad():
+                model(torch.ones(5, 4).double())
+
+        def disturb(*args: Any, beside: bool = beside, evaluate: Callable[[int], None] = evaluate) -> None:
+            if beside and torch.is_grad_enabled():
+                in_threads(evaluate, 1)
+
+        with torch.no_grad():
+            for i, p in enumerate(model.parameters()):
+                p.copy_(torch.linspace(-1, 1, p.numel()).reshape(p.shape).roll(i))
+        with GRNG(model, "ring", curvature=Curvature(capture=capture, stats_every=1)) as optimizer:
+            model[1].register_forward_hook(disturb)
+            train(optimizer, model, stream(3))
+            assert {row.verified for row in optimizer.coverage()} == {"yes"}
+        ends.append(vector(model))
+    assert torch.equal(*ends)
+
+
 def test_passes_of_other_threads_while_training() -> None:
     """Evaluation in threads of its own, without gradients, while the model is trained: finite, and it learns."""
     model, stop = mixed(), threading.Event()
@@ -240,9 +265,10 @@ def test_passes_of_other_threads_while_training() -> None:
 
         def work(i: int) -> None:
             if i == 0:
-                with suppress(StopIteration):
+                try:
                     losses.extend(train(optimizer, model, stream(1) * 30))
-                stop.set()
+                finally:
+                    stop.set()
                 return
             # The pause hands Python's lock on: threads that never wait take it from the training at every operation.
             while not stop.wait(1e-3):
