@@ -79,7 +79,8 @@ class TestSteps(TestCase):
             assert losses[-1] < losses[0]
             ends.append(run.vector)
         # Where its first gradient has no rank, SOAP's basis is whatever rounding makes it.
-        assert close(ends[0], ends[1], 1e-2 if "SOAP" in optim_info.name else 1e-9)
+        limit = 3e-2 if "SOAP" in optim_info.name else 1e-9
+        assert (ends[0] - ends[1]).norm() <= limit * ends[0].norm()
 
     @contracts()
     def test_schedulers(self, device: str, dtype: torch.dtype, optim_info: Contract) -> None:
