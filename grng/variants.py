@@ -40,7 +40,7 @@ class Variant:
 VARIANTS: dict[str, Variant] = {
     "ring": Variant("kfac", "damping", lr=0.1, momentum=0.9, strength=0.05, floor=1e-3, kl_clip=1e-3),
     "reng": Variant("kfac", "penalty", lr=0.1, momentum=0.9, strength=0.01, floor=0.03, kl_clip=1e-3),
-    "kalman": Variant("kalman", "damping", lr=1.0, momentum=0.0, strength=0.1, follows=False),
+    "kalman": Variant("kalman", "damping", lr=1.0, momentum=0.0, strength=0.05, follows=False),
     "kfac": Variant("kfac", None, lr=0.1, momentum=0.9, floor=0.03, kl_clip=1e-3),
     "ekfac": Variant("ekfac", None, lr=0.1, momentum=0.9, floor=0.03, kl_clip=1e-3),
 }

@@ -11,45 +11,32 @@ gradient (`ring`), its strength takes the place of the floor.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from ..errors import InputError
 from ..names import put
 
-Kind = Literal["linear", "log", "log or zero"]
-ZERO = 0.25  # the part of a "log or zero" dimension that is zero
-
 
 @dataclass(frozen=True)
 class Dimension:
-    """One number that is searched.
+    """One number that is searched, on a logarithmic scale.
 
     Attributes:
         name: of the setting, KEY or REGULARIZER.KEY; "1-KEY" for its distance from one; "1-beta1" for the first of
             `betas`; "horizon" for the run's length.
         low, high: bounds.
-        kind: of the scale; "log or zero" is zero in a quarter of its range.
     """
 
     name: str
     low: float
     high: float
-    kind: Kind = "log"
 
     def at(self, u: float) -> float:
         """The value at u in [0, 1].
 
         >>> Dimension("lr", 0.01, 1.0).at(0.5)
         0.1
-        >>> Dimension("strength", 0.01, 1.0, "log or zero").at(0.2)
-        0.0
         """
-        if self.kind == "linear":
-            return self.low + (self.high - self.low) * u
-        if self.kind == "log or zero":
-            if u < ZERO:
-                return 0.0
-            u = (u - ZERO) / (1 - ZERO)
         return float(f"{math.exp(math.log(self.low) * (1 - u) + math.log(self.high) * u):.4g}")
 
 
@@ -106,14 +93,14 @@ def rate(low: float, high: float) -> Dimension:
 MOMENTUM = Dimension("1-momentum", 0.02, 0.3)
 NATURAL = (rate(0.01, 1.0), HORIZON, DECAY)
 CONSTANT, FADING = Dimension("floor", 1e-3, 1.0), Dimension("strength", 1e-3, 1.0)  # times the largest curvature seen
-KALMAN = (rate(0.1, 1.0), HORIZON, Dimension("gamma", 3e-3, 0.3))
+KALMAN = (rate(0.2, 1.0), HORIZON, Dimension("gamma", 1e-2, 0.3))
 
 ROSTER = (
     Contestant("ring", (*NATURAL, FADING)),
     Contestant("ring/ekfac", (*NATURAL, FADING), {"preconditioner": "ekfac"}),
     Contestant("reng", (*NATURAL, CONSTANT)),
     Contestant("reng/ggn", (*NATURAL, CONSTANT), {"mode": "ggn"}),
-    Contestant("kalman", (*KALMAN, Dimension("strength", 0.01, 10.0, "log or zero"))),
+    Contestant("kalman", (*KALMAN, FADING)),
     Contestant("kalman/rho=0", KALMAN, {"strength": 0.0}),
     Contestant("kfac", (*NATURAL, CONSTANT)),
     Contestant("ekfac", (*NATURAL, CONSTANT)),

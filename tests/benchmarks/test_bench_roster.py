@@ -93,7 +93,6 @@ def test_a_file(tmp_path, text, count):
 def test_a_space(tmp_path, space, names):
     found = contestant_of(file(tmp_path, f"{PARAMS}SPACE = {space}"))
     assert [d.name for d in found.space] == names
-    assert all(d.kind == "log" for d in found.space)
     assert HORIZON in found.space
 
 
