@@ -167,6 +167,20 @@ def test_param_groups_come_back() -> None:
             optimizer.load_state_dict({**saved, "param_groups": saved["param_groups"][:1]})
 
 
+@pytest.mark.parametrize("name", ["grng_method", "grng_damping", "Lambda", "layer_status"])
+def test_a_checkpoint_with_a_hole(name: str) -> None:
+    """What is missing is named, and nothing changes."""
+    run = Run(METHODS["ring"], mixed(torch.float32))
+    run.steps(stream(1, dtype=torch.float32))
+    saved, before = run.optimizer.state_dict(), tensors_of(run.optimizer)
+    saved["state"] = {i: {k: v for k, v in state.items() if k != name} for i, state in saved["state"].items()}
+    with pytest.raises(ValueError, match=f"checkpoint .*'{name}'"):
+        run.optimizer.load_state_dict(saved)
+    after = tensors_of(run.optimizer)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
 ONE_EACH = ("ring", "reng-ggn", "kalman-vd", "kfac", "ekfac")
 MISMATCHES = [(a, b) for a in ONE_EACH for b in ONE_EACH if a != b] + [
     ("ring", "ring-newton"),
