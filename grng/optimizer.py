@@ -166,7 +166,8 @@ class GRNG(AttachedOptimizer):
                 remedy = "mode='ggn' of reng takes none, and goes with any."
                 raise invalid("regularizer", chain, f"one without passes for reng in mode {self._mode!r}", remedy)
             mode = "double" if self._mode == "double" else "forward"
-            chain = (Explicit(lambda: self._damping.rho, mode=mode), *chain)
+            damping = self._damping  # not by self, which would be a cycle
+            chain = (Explicit(lambda: damping.rho, mode=mode), *chain)
         me = weakref.ref(self)  # no cycle: hooks go with the last reference to the optimizer
         groups = lambda: me().param_groups  # type: ignore[union-attr]  # noqa: E731
         return FrontEnd(chain, groups, self._called, self._capture.paused, self._capture.note_gradient)

@@ -70,6 +70,19 @@ def test_model_is_collected_with_its_optimizer() -> None:
     assert [ref() for ref in gone] == [None, None]
 
 
+@methods("ring", "reng-double", "reng-finite", "kalman-vd")
+def test_no_cycle(method: Method) -> None:
+    """The last reference takes the optimizer along, without the garbage collector."""
+    optimizer = method(float_mixed())
+    gone = weakref.ref(optimizer)
+    gc.disable()
+    try:
+        del optimizer
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 def test_hooks_of_others_stay() -> None:
     model, calls = float_mixed(), []
     model[0].register_forward_hook(lambda *_: calls.append("forward"))
