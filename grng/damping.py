@@ -44,7 +44,7 @@ class Damping:
         # In float64, so that a setting reaches float64 factors unrounded.
         self.latest = self.largest = self.norm = torch.zeros((), dtype=torch.float64, device=device)  # s, S, N
         self.mean = self.weight = self.latest  # of ||g||^2 over MEMORY, and how much of that memory is filled
-        self.one = torch.ones_like(self.latest)
+        self.one = self.outputs = torch.ones_like(self.latest)
         self.settled = False
         self._derive()
 
@@ -94,11 +94,11 @@ class Damping:
             self.settled = bool(self.largest > 0)  # a look at the value, until it is settled
 
     def state(self) -> dict[str, Tensor]:
-        return {STATE: torch.stack([self.latest, self.largest, self.norm, self.mean, self.weight])}
+        return {STATE: torch.stack([self.latest, self.largest, self.norm, self.mean, self.weight, self.outputs])}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """What was seen comes back; what the constructor sets stays as it was set."""
-        self.latest, self.largest, self.norm, self.mean, self.weight = state[STATE].clone()
+        self.latest, self.largest, self.norm, self.mean, self.weight, self.outputs = state[STATE].clone()
         self.settled = not self.variant.follows and bool(self.largest > 0)
         self._derive()
 
@@ -114,7 +114,11 @@ def squared_norm(tensors: list[Tensor]) -> Tensor:
 
 
 def kl_scale(limit: float, quadratic: Tensor) -> Tensor:
-    """nu = min(1, sqrt(kappa / (lr^2 sum_layers <D, (F + lam I) D>))) given that quadratic form.
+    """nu = min(1, sqrt(kappa / (n lr^2 sum_layers <D, (F + lam I) D>))) given that quadratic form, n included.
+
+    n is how many predictions are one sample's: 784 for the pixels of an image that is put together again, 1 for a class
+    (each position's for itself). F is that of the mean over predictions, and without n a network of many outputs would
+    move by n times as many nats a sample: a deep autoencoder's first steps then leave the region in which F holds.
 
     With lam in it, because a step into directions in which F holds next to nothing, and the damping all, would else
     have no bound: F there is known least, and grows fastest after a small initialisation.

@@ -336,6 +336,8 @@ class GRNG(AttachedOptimizer):
             self._current = set()
             return
         batch.valid = ok
+        outputs = self._capture.fisher.outputs(batch).to(self._damping.outputs)
+        self._damping.outputs = torch.where(ok, outputs, self._damping.outputs)
         self._preconditioner.refresh(batch, self._decompose() or not self._current <= self._observed)
         self._capture.fisher.noise.fold(ok)
         self._observed |= self._current
@@ -379,7 +381,8 @@ class GRNG(AttachedOptimizer):
         scale = torch.ones((), dtype=torch.float64, device=self._device)
         if limit is not None:
             # Within momentum, not outside of it: a direction too long for the region must not be remembered as such.
-            scale = kl_scale(limit, self._squared_length(taking, quadratic.masked_fill(still, 0))).to(scale.dtype)
+            length = self._squared_length(taking, quadratic.masked_fill(still, 0))
+            scale = kl_scale(limit, self._damping.outputs.to(length) * length).to(scale.dtype)
         parts = zip(found, still.view(-1, 1, 1).split([len(D) for D in found]), strict=True)
         # Contiguous, and not in place: a preconditioner may hand out what it keeps.
         found = [(D * scale.to(D.dtype)).masked_fill_(mask, 0).contiguous() for D, mask in parts]

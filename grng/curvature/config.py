@@ -40,8 +40,9 @@ class Curvature:
         burn_in: statistics and decompositions at every one of the first steps.
         damping: the floor lam0; None: relative to the largest eigenvalue that F has had.
         floor: lam0 in those units, where damping is None; None: the variant's own.
-        kl_clip: kappa of the trust region nu = min(1, sqrt(kappa / (lr^2 D^T (F + lam I) D))), in units of the loss;
-            None: no trust region; "auto": the variant's own.
+        kl_clip: kappa of the trust region nu = min(1, sqrt(kappa / (n lr^2 D^T (F + lam I) D))), in nats a sample; n is
+            the number of elements of a sample's output under a Bernoulli or Gaussian likelihood, 1 under a categorical
+            one (nats a class). None: no trust region; "auto": the variant's own.
         sharing: how a layer used at several positions is treated: `"expand"` (positions count as rows) or `"reduce"`
             (inputs averaged, gradients summed over the positions of a sample).
         dtype: of factors; None: float64 for float64 parameters, float32 for all others.

@@ -9,6 +9,7 @@ from torch import Tensor
 from grng.curvature.config import Curvature
 from grng.curvature.likelihood import CODES, Gaussian, Likelihood, Reading, Unread, declared, detect, tolerance
 from grng.curvature.noise import Noise
+from grng.curvature.passes import Batch
 from grng.distributed import Processes
 from grng.errors import GRNGWarning, invalid
 
@@ -130,6 +131,13 @@ class FisherReader:
                 self.noise.observe(e, (e != 0).any(-1, keepdim=True), self.processes)
             reading.normaliser = reading.normaliser * self.noise.information()
         return reading
+
+    def outputs(self, batch: Batch) -> Tensor:
+        """How many predictions the trust region takes as one: all elements of a sample, or one categorical row."""
+        together = self.likelihood is not None and self.likelihood.elementwise
+        return (
+            (batch.predictions / max(batch.samples, 1)).clamp(min=1) if together else torch.ones_like(batch.predictions)
+        )
 
     def weighted(self, f: Tensor, gradient: Tensor) -> Tensor | None:
         """The gradient at the output of the loss under R, where that is another one."""

@@ -33,6 +33,7 @@ class Likelihood:
 
     name = ""
     fits_any = 0  # a gradient of no more numbers than that is matched by some label, whatever they are
+    elementwise = False  # every element of the output is a prediction
 
     def __init__(self, class_dim: int = -1) -> None:
         self.class_dim = class_dim
@@ -146,6 +147,7 @@ class LogCategorical(Categorical):
 class Bernoulli(Likelihood):
     name = "bernoulli"
     fits_any = 1
+    elementwise = True
 
     def _unit(self, f: Tensor, g: Tensor) -> Tensor:
         return torch.sigmoid(f) - (g < 0).to(f.dtype)
@@ -161,6 +163,7 @@ class Bernoulli(Likelihood):
 
 class Gaussian(Likelihood):
     name = "gaussian"
+    elementwise = True
 
     def read(self, f: Tensor, gradient: Tensor) -> Reading:
         """A squared error's normaliser cannot be read off its gradient: that of reduction="mean" is assumed."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, vmap
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from grng import GRNG, Curvature
 from grng.preconditioners import KFAC, Kalman
@@ -383,6 +383,50 @@ def test_kl_clip(name: str, share: float, rates: tuple[float, float]) -> None:
     assert one == 1
     assert nu == pytest.approx(min(1, share**0.5), rel=1e-9)
     assert relative(moved, min(1, share**0.5) * free) < 1e-9
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("B", [6, 14])
+@pytest.mark.parametrize(
+    ("loss", "outputs", "n"),
+    [
+        (cross_entropy, 3, 1),
+        (binary_cross_entropy_with_logits, 3, 3),
+        (binary_cross_entropy_with_logits, 1, 1),
+        (mse_loss, 4, 4),
+    ],
+    ids=["categorical", "bernoulli", "one bernoulli", "gaussian"],
+)
+def test_kl_clip_counts_a_sample(loss: Callable[..., Tensor], outputs: int, n: int, B: int, parts: int) -> None:
+    """kappa is in nats a sample: n nu^2 lr^2 <D, (F + lam I) D> = kappa, n elements an output; also in a step without
+    statistics, and in one that comes after a checkpoint."""
+    model, kappa = mlp(5, 4, outputs), 1e-5
+    x = torch.randn(B, 5, generator=torch.Generator().manual_seed(2)).double()
+    y = x[:, :outputs].argmax(1) if loss is cross_entropy else x[:, :outputs].sigmoid()
+    if loss is binary_cross_entropy_with_logits:
+        y = y.round()
+
+    def make() -> GRNG:
+        curvature = Curvature(kl_clip=kappa, stats_every=3, burn_in=0, damping=LAM0, draws=3)
+        return GRNG(model, "kfac", lr=0.2, momentum=0.0, curvature=curvature)
+
+    def checked(optimizer: GRNG) -> None:
+        optimizer.zero_grad()
+        for u, v in zip(x.chunk(parts), y.chunk(parts), strict=True):
+            (loss(model(u), v) / parts).backward()
+        moved = displacement(model, optimizer.step)
+        g = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        nu = optimizer.diagnostics["kl_scale"].item()
+        assert nu < 1
+        assert -n * 0.2 * nu * float(moved @ g) == pytest.approx(kappa, rel=1e-9)
+
+    with make() as optimizer:
+        for _ in range(2):
+            checked(optimizer)
+        state = optimizer.state_dict()
+    with make() as optimizer:
+        optimizer.load_state_dict(state)
+        checked(optimizer)
 
 
 def test_momentum_remembers_directions_within_the_trust_region() -> None:
