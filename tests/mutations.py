@@ -80,6 +80,13 @@ MUTATIONS = (
         "tests/optimizer/test_first_step.py -k kl_clip",
     ),
     Mutation(
+        "elements of a sample's output in the trust region",
+        "grng/curvature/fisher.py",
+        "(batch.predictions / max(batch.samples, 1))",
+        "(batch.predictions / batch.predictions)",
+        "tests/optimizer/test_first_step.py -k kl_clip_counts",
+    ),
+    Mutation(
         "K-FAC's eigenvalues",
         "grng/preconditioners/kfac.py",
         "/ -(s + lam)",

@@ -5,7 +5,7 @@ import io
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,17 +67,32 @@ def write_report(
 
 
 def lead(analysis: Analysis) -> str:
-    """What was run, on what."""
+    """What was run, on what; and what does not compare, because it was run on several machines or data."""
     runs = [o for o in analysis.outcomes if o.trial["phase"] == "run"]
     trials = [o for o in analysis.outcomes if o.trial["phase"] == "tune"]
     seeds = len({o.seed for o in runs})
-    about = analysis.outcomes[-1].environment
-    machine = f"{about.get('processor', '')}, {about.get('device')}, {about.get('threads')} thread(s)"
+    made_on: dict[str, set[str]] = {}
+    data: dict[str, set[str]] = {}
+    for o in analysis.outcomes:
+        made_on.setdefault(machine(o.environment), set()).add(o.workload)
+        data.setdefault(o.workload, set()).add(o.data)
+    places = list(made_on) if len(made_on) == 1 else [f"{m} ({', '.join(sorted(w))})" for m, w in made_on.items()]
+    mixed = [w for w in data if sum(w in found for found in made_on.values()) > 1]
+    changed = [w for w, found in data.items() if len(found) > 1]
     return (
         f"{len(analysis.workloads)} workloads, {len(analysis.optimizers)} optimizers: {len(trials)} trials of the "
         f"search and {len(runs)} runs on up to {seeds} paired seeds. Time is measured in {CLOCKS[analysis.clock]}; "
-        f"torch {about.get('torch')}, {machine}."
+        f"{'; '.join(places)}."
+        + f" Made on several machines or with several versions, so that times do not compare: {', '.join(mixed)}."
+        * bool(mixed)
+        + f" Made with data that changed in between: {', '.join(changed)}." * bool(changed)
     )
+
+
+def machine(about: Mapping[str, Any]) -> str:
+    """What seconds depend on, of the environment of a run."""
+    versions = ", ".join(f"{name} {about[name]}" for name in ("grng", "torch") if name in about)
+    return f"{versions}, {about.get('processor', '')}, {about.get('device')}, {about.get('threads')} thread(s)"
 
 
 def sections(analysis: Analysis, drawn: Sequence[str]) -> list[Section]:

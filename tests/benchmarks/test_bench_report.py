@@ -129,6 +129,27 @@ def test_the_page_has_every_section_and_its_figures_exist(whole):
     assert "seconds of training" in text
 
 
+@pytest.mark.parametrize("name", ["torch", "grng", "processor", "threads"])
+def test_what_does_not_compare_is_named(name, tmp_path, no_figures):
+    """Runs of one workload from two machines, or two versions; of the other from one of them."""
+    found = outcomes()
+    for o in found[::2]:
+        if o.workload == "small":
+            o.environment[name] = "another"
+    text = written(tmp_path, found, targets=TARGETS)[1].read_text()
+    assert "so that times do not compare: small." in text
+    assert "(small, transformers:vit); " in text
+    assert "data" not in text.partition("\n## ")[0]
+
+
+def test_data_that_changed_is_named(tmp_path, no_figures):
+    found = outcomes()
+    next(o for o in found if o.workload == "small").data = "another"
+    text = written(tmp_path, found, targets=TARGETS)[1].read_text()
+    assert "Made with data that changed in between: small." in text
+    assert "several machines" not in text
+
+
 def test_the_numbers(whole):
     tables = tables_of((whole[0] / "results.md").read_text())
     for title, rows in tables.items():
