@@ -62,7 +62,7 @@ def add_bench(app: "typer.Typer") -> None:
         workloads = names(workload) or ([] if tier else own["workloads"] or [])
         tier = tier or (None if workloads else own["tier"] or "fast")
         settings = merge(own["settings"] or {}, parse_settings(sets or (), optimizers))
-        folder = data or (Path(os.environ["GRNG_DATA"]) if "GRNG_DATA" in os.environ else None)
+        folder = folder_of(data)
         options = {key: value for key, value in options.items() if value is not None}
         protocol: dict[str, Any] = {key: found.pop(key) for key in ("studies", "trials", "seeds") if key in found}
         made = Job(workloads_of(tier, workloads), optimizers, out, folder, settings=settings, **(found | options))
@@ -149,12 +149,17 @@ def add_bench(app: "typer.Typer") -> None:
         out: Out = Path("results/bench"),
         clock: Clock = "seconds",
         page: Annotated[Path | None, typer.Option(help="Write the Markdown page here, its figures beside it.")] = None,
+        data: Data = None,
     ) -> None:
-        """Write report.html, results.md, the tables and the figures, from what is in the folder."""
+        """Write report.html, results.md, the tables and the figures, from what is in the folder; beside DeepOBS's own
+        curves where the data hold them (results_deepobs)."""
+        from ..workloads.deepobs import published
         from .report import write_report
 
         with refusals("report"):
-            written = write_report(Store(out), clock, page)
+            folder = folder_of(data)
+            known = published(folder) if folder and (folder / "results_deepobs").is_dir() else None
+            written = write_report(Store(out), clock, page, published=known)
             for path in written:
                 typer.echo(str(path))
 
@@ -162,8 +167,12 @@ def add_bench(app: "typer.Typer") -> None:
     def status_command(out: Out = Path("results/bench"), data: Data = None) -> None:
         """Show the workloads, whether their data are there, and what is done in the folder."""
         with refusals("status"):
-            folder = data or (Path(os.environ["GRNG_DATA"]) if "GRNG_DATA" in os.environ else None)
-            show_status(Store(out), folder)
+            show_status(Store(out), folder_of(data))
+
+
+def folder_of(data: Path | None) -> Path | None:
+    """Where the data sets are, as far as it was said."""
+    return data or (Path(os.environ["GRNG_DATA"]) if "GRNG_DATA" in os.environ else None)
 
 
 def names(lists: list[str] | None) -> list[str]:

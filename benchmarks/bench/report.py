@@ -6,7 +6,6 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ from ..names import flat
 from ..records import write_atomically
 from .analysis import Analysis, Comparison, analyse, iqm_of
 from .figures import CLOCKS, draw_figures
+from .landing import Published, landing_figure, landing_section
+from .section import Section
 from .spaces import OURS
 from .store import Store
 from .targets import Target, read_targets
@@ -23,21 +24,15 @@ from .targets import Target, read_targets
 PAGE = "results.md"
 
 
-@dataclass
-class Section:
-    """A heading, what is to be said, a table, and the names of figures."""
-
-    title: str
-    text: str = ""
-    headings: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
-    figures: Sequence[str] = field(default_factory=tuple)
-
-
 def write_report(
-    store: Store, clock: str, page: Path | None = None, targets: dict[str, Target] | None = None
+    store: Store,
+    clock: str,
+    page: Path | None = None,
+    targets: dict[str, Target] | None = None,
+    published: Published | None = None,
 ) -> list[Path]:
     """Write tables, figures, report.html and results.md into the folder; and the page elsewhere too, where asked for.
+    `published` are DeepOBS's curves, to be compared with.
 
     Raises:
         InputError: the folder holds no runs.
@@ -49,12 +44,18 @@ def write_report(
         raise InputError(f"unknown clock {clock!r}: choose one of {', '.join(CLOCKS)}")
     store.write_tables(outcomes)
     analysis = analyse(outcomes, read_targets() if targets is None else targets, clock)
-    drawn = {name: png(figure) for name, figure in draw_figures(analysis).items()}
+    figures = draw_figures(analysis)
+    landing = landing_section(analysis, published or {})
+    if landing:
+        figures["landing"] = landing_figure(analysis, published or {})
+    drawn = {name: png(figure) for name, figure in figures.items()}
     folder = store.out / "figures"
     folder.mkdir(exist_ok=True)
     for name, content in drawn.items():
         (folder / f"{slug(name)}.png").write_bytes(content)
     parts = sections(analysis, list(drawn))
+    if landing:
+        parts.insert(0, landing)
     html = store.out / "report.html"
     write_atomically(html, render(parts, drawn, lead(analysis)))
     written = [html, store.out / PAGE]

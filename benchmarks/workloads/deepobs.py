@@ -145,8 +145,8 @@ def published(root: Path | None) -> dict[str, dict[str, Any]]:
     """The tuned baselines of both problems, as far as they can be compared with runs of one's own.
 
     Of each problem the target and, by optimizer, the chosen learning_rate and momentum, in how many of the seeds the
-    target was reached, the median_epochs it took those, and the test accuracy's quartiles over the seeds, epoch by
-    epoch from 0: "lower", "median", "upper".
+    target was reached, the median_epochs it took those, the first and the last of them, and the test accuracy over the
+    seeds, epoch by epoch from 0: "lowest", "median", "highest".
     """
     folder = folder_of(root, "results_deepobs", "deepobs")
     try:
@@ -160,7 +160,7 @@ def published(root: Path | None) -> dict[str, dict[str, Any]]:
         for row in chosen:
             seeds = [run for run in runs if all(run[k] == row[k] for k in ("problem", "optimizer", "learning_rate"))]
             curves = torch.tensor([accuracies[run["run"]] for run in seeds])
-            lower, median, upper = curves.quantile(torch.tensor([0.25, 0.5, 0.75]), dim=0).tolist()
+            lowest, median, highest = curves.quantile(torch.tensor([0.0, 0.5, 1.0]), dim=0).tolist()
             problem = found.setdefault(row["problem"], {"target": float(row["target"]), "optimizers": {}})
             problem["optimizers"][NAMES[row["optimizer"]]] = {
                 "learning_rate": float(row["learning_rate"]),
@@ -168,9 +168,11 @@ def published(root: Path | None) -> dict[str, dict[str, Any]]:
                 "median_epochs": float(row["median_epoch"]),
                 "reached": int(row["n_reached"]),
                 "seeds": len(seeds),
-                "lower": lower,
+                "first": float(row["min_epoch"]),
+                "last": float(row["max_epoch"]),
+                "lowest": lowest,
                 "median": median,
-                "upper": upper,
+                "highest": highest,
             }
     except (OSError, EOFError, KeyError, ValueError, IndexError, RuntimeError, lzma.LZMAError) as error:
         raise InputError(

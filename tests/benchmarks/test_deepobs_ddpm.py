@@ -208,9 +208,10 @@ def test_published_curves(tmp_path):
         "reached": 1,
         "seeds": 2,
     }
-    assert curves["lower"] == pytest.approx([0.15, 0.905])
+    assert (curves["first"], curves["last"]) == (1.0, 1.0)
+    assert curves["lowest"] == pytest.approx([0.1, 0.90])
     assert curves["median"] == pytest.approx([0.2, 0.91])
-    assert curves["upper"] == pytest.approx([0.25, 0.915])
+    assert curves["highest"] == pytest.approx([0.3, 0.92])
 
 
 @pytest.mark.parametrize("damaged", ["runs.csv", "curves.csv.xz"])
