@@ -26,7 +26,9 @@ from grng.preconditioners.registry import register_preconditioner
 SOLVERS = ("eigen", "factored", "newton")
 # Of a factor of size n: COSTS n^2 (n + SMALL_SIZES), the latter for what small ones take longer (measured on a CPU).
 COSTS, SMALL_SIZES = {"eigen": 25.0, "factored": 3.0, "newton": 3.0}, 250
-NEGLIGIBLE = 100  # times the rounding error: curvature below that part of the damping is left out
+# Curvature below that part of the damping is left out of large matrices: in float32 far below what sampled labels are
+# off by, in float64 by rounding alone.
+NEGLIGIBLE = {torch.float32: 1e-3, torch.float64: 2e-14}
 SMALL = 128  # matrices of which no side is larger are not worth the trouble
 
 
@@ -39,7 +41,8 @@ class KFAC(Preconditioner):
     Args:
         solver: how the damped block is inverted.
             `"eigen"`: exactly, in the factors' eigenbasis, D = -U_g [U_g^T G U_l / (gamma_i l_j + lam)] U_l^T; the
-            damping may change at every step at no cost.
+            damping may change at every step at no cost. Of matrices with a side above 128, coordinates in which F is
+            below a thousandth of the damping (in float64: below rounding) count as F = 0 where that saves work.
             `"factored"`: (Gamma + sqrt(lam)/pi I)^{-1} G (Lambda + pi sqrt(lam) I)^{-1} by Cholesky; cheaper, and it
             over-damps.
             `"newton"`: the same inverses by Newton's iteration, warm-started; products only. Both factored forms take
@@ -135,7 +138,7 @@ class KFAC(Preconditioner):
             if group.indexed or max(group.n_out, group.n_in) <= SMALL or not floor > 0:
                 kept.append(None)
                 continue
-            a, b = leading(s, NEGLIGIBLE * torch.finfo(s.dtype).eps * floor)
+            a, b = leading(s, NEGLIGIBLE[s.dtype] * floor)
             m, n = group.n_out, group.n_in
             gain = min(sandwich_costs(m, m, n, n)) > 1.5 * min(sandwich_costs(a, m, n, b))
             kept.append((a, b) if gain else None)
