@@ -129,8 +129,19 @@ class Analysis:
     def _fastest_pair(self, workload: str) -> Comparison | None:
         lines = self.lines_of(workload)
         ours = [line for line in lines if line.optimizer in OURS]
-        rivals = [line for line in lines if line.optimizer not in (*OURS, *ABLATIONS)]
+        rivals = [line for line in lines if line.optimizer in self.rivals]
         return compared(ours[0], rivals[0]) if ours and rivals else None
+
+    @property
+    def rivals(self) -> list[str]:
+        return [name for name in self.optimizers if name not in (*OURS, *ABLATIONS)]
+
+    def ahead(self, own: str, other: str) -> tuple[int, int]:
+        """On how many workloads with a target `own` is ahead of `other`, and on how many they both ran: by the median
+        time to it, and where both missed it by the mean best value."""
+        found = {(line.workload, line.optimizer): self._rank(line) for line in self.lines}
+        both = [w for w in self.workloads if w in self.targets and (w, own) in found and (w, other) in found]
+        return sum(found[w, own] < found[w, other] for w in both), len(both)
 
     def against_twins(self) -> list[Comparison]:
         """Every variant against its own case without regularization."""

@@ -98,7 +98,7 @@ def machine(about: Mapping[str, Any]) -> str:
 
 def sections(analysis: Analysis, drawn: Sequence[str]) -> list[Section]:
     """Everything that is to be shown."""
-    found = [score_section(analysis, drawn), ours_section(analysis), twins_section(analysis)]
+    found = [score_section(analysis, drawn), ours_section(analysis), rivals_section(analysis), twins_section(analysis)]
     for workload in analysis.workloads:
         found.append(workload_section(analysis, workload, drawn))
     found += [
@@ -149,6 +149,19 @@ def ours_section(analysis: Analysis) -> Section:
         f"workloads, slower on {slower}."
     )
     return Section("Ours against the best rival", text, PAIR_HEADINGS, [pair_row(c) for c in pairs])
+
+
+def rivals_section(analysis: Analysis) -> Section:
+    text = (
+        "On how many workloads ours is ahead of each rival: by the median time to the target, and where both missed it "
+        "by the mean best value. A count, without a test of significance."
+    )
+    rows = []
+    for own in (name for name in analysis.optimizers if name in OURS):
+        counts = [analysis.ahead(own, rival) for rival in analysis.rivals]
+        if any(of for _, of in counts):
+            rows.append([own, *(f"{won}/{of}" if of else "–" for won, of in counts)])
+    return Section("Ours against each rival", text, ("ahead on", *analysis.rivals), rows)
 
 
 def twins_section(analysis: Analysis) -> Section:

@@ -101,6 +101,26 @@ def test_every_clock(clock, time, tuning, whole):
     assert found.tuned["small"]["kalman"] == time
 
 
+def test_ahead_by_hand():
+    """By time where one reached the target, by the best value where none did; only where both ran and there is one."""
+    further = [
+        made("high", "kalman", [0.5, 0.7]),
+        made("high", "adamw", [0.6, 0.8]),
+        made("low", "kalman", [0.5, 0.3], goal="min"),
+        made("low", "adamw", [0.2, 0.4], goal="min", seed=0),
+        made("low", "adamw", [0.8, 0.9], goal="min", seed=1),
+        made("alone", "kalman", [0.95]),
+        made("aimless", "kalman", [0.95]),
+        made("aimless", "adamw", [0.9]),
+    ]
+    targets = GOAL | {w: target(w, 0.1 if w == "low" else 0.9) for w in ("high", "low", "alone")}
+    found = analyse([*RUNS, *further], targets, "seconds")
+    assert found.rivals == ["adamw", "soap"]
+    assert found.ahead("kalman", "adamw") == (2, 3), "small by time, low by the mean of 0.2 and 0.8; not high"
+    assert found.ahead("kalman", "soap") == (1, 1)
+    assert found.ahead("kalman", "muon") == (0, 0)
+
+
 def test_pairs_by_hand():
     found = analyse(RUNS, GOAL, "seconds")
     [rival] = found.against_rivals()

@@ -13,6 +13,7 @@ from .bench_tools import made, target
 TITLES = (
     "Scores",
     "Ours against the best rival",
+    "Ours against each rival",
     "What the regularization does",
     "small",
     "transformers:vit",
