@@ -26,6 +26,8 @@ from grng.variants import find_variant
 
 MODES = ("double", "finite", "ggn")
 NORMS = ("global", "layer")
+SMALLEST_SHARE = 1e-12  # of the largest curvature, that a layer's own counts as
+SMALL_WEIGHTS = 0.1  # times sqrt(n_out): the least that the norm of a matrix of weights counts as in a trust region
 STEP_OVERHEAD = 1e8  # operations that the fixed costs of a step stand for
 
 
@@ -147,6 +149,9 @@ class GRNG(AttachedOptimizer):
         twice = self._penalised or any(part.takes_passes for part in chain)
         method = make_preconditioner(which, **settings)
         curvature = replace(curvature, noise=resolved_noise(curvature.noise, method, twice))
+        if curvature.relative_to == "layer" and type(method).scales is Preconditioner.scales:
+            known = f"'model' with preconditioner {method.name!r}"
+            raise invalid("relative_to", "layer", known, "It knows no curvature of a layer.")
         self._attach(model, params, defaults, curvature, method, twice)
         self._damping = Damping(parts, rho, curvature.damping, self._device)
         try:
@@ -367,8 +372,10 @@ class GRNG(AttachedOptimizer):
         if self._mode == "ggn":
             products = self._preconditioner.curvature_product(stacks)
             stacks = [G + self._damping.rho.to(G.dtype) * FG for G, FG in zip(stacks, products, strict=True)]
-        self._preconditioner.floor = self._damping.floor
         found = self._preconditioner.precondition(stacks, self._lam(stacks, square_norm))
+        if self._curvature.step_clip is not None:
+            weights = self._stack(taking, {p: p for layer in taking for p in layer.parameters}, ok)
+            found = self._clipped(found, weights, self._curvature.step_clip)
         limit = None if isinstance(self._curvature.kl_clip, str) else self._curvature.kl_clip
         # One number a matrix, all groups in one vector. -<D, G> is <D, (F + lam I) D>, whatever solves the system.
         pairs = zip(found, stacks, strict=True)
@@ -406,9 +413,30 @@ class GRNG(AttachedOptimizer):
             lam = [self._damping(norm) for norm in self._layer_norms(stacks)]
         else:
             lam = [self._damping(square_norm)] * len(stacks)
+        floors = [self._damping.floor] * len(stacks)
+        if self._curvature.relative_to == "layer":
+            shares = self._shares()
+            lam = [value * share for value, share in zip(lam, shares, strict=True)]
+            floors = [floor * share for floor, share in zip(floors, shares, strict=True)]
+        self._preconditioner.floors = floors
         lam = [value.to(G.dtype).expand(len(G), 1, 1) for value, G in zip(lam, stacks, strict=True)]
         self._scalars["lam"] = lam[0].flatten()[0]
         return lam
+
+    def _shares(self) -> list[Tensor]:
+        """Every matrix's largest curvature, as part of the largest of all."""
+        scales = [scale.to(self._damping.one) for scale in self._preconditioner.scales()]
+        largest = torch.stack([scale.amax() for scale in scales]).amax()
+        return [torch.nan_to_num(scale / largest, nan=1.0).clamp(min=SMALLEST_SHARE) for scale in scales]
+
+    def _clipped(self, directions: list[Tensor], weights: list[Tensor], eta: float) -> list[Tensor]:
+        """nu_l D_l, nu_l = min(1, eta ||W_l|| / ||D_l||)."""
+        lengths, sizes = (self._layer_norms(stacks) for stacks in (directions, weights))
+        clipped = []
+        for D, length, size, group in zip(directions, lengths, sizes, self._groups, strict=True):
+            size = size.sqrt().clamp(min=SMALL_WEIGHTS * group.n_out**0.5)
+            clipped.append(D * (eta * size / length.sqrt().clamp(min=torch.finfo(D.dtype).tiny)).clamp(max=1))
+        return clipped
 
     def _layer_norms(self, stacks: list[Tensor]) -> list[Tensor]:
         norms = [G.square().sum((1, 2), keepdim=True) for G in stacks]

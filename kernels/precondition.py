@@ -47,8 +47,9 @@ def kron_spectrum(w_out: Tensor, w_in: Tensor) -> Tensor:
     return w_out.unsqueeze(2) * w_in.unsqueeze(1)
 
 
-def leading(s: Tensor, least: float) -> tuple[int, int]:
-    """How many of the last rows and of the last columns of s (k, n_out, n_in) hold all entries above `least`.
+def leading(s: Tensor, least: float | Tensor) -> tuple[int, int]:
+    """How many of the last rows and of the last columns of s (k, n_out, n_in) hold all entries above `least`, a number
+    or one for every matrix.
 
     >>> s = torch.tensor([[[0.0, 0.0, 0.0], [0.0, 0.0, 2.0], [0.0, 1.0, 3.0]]])
     >>> leading(s, 0.5), leading(s, 1.5), leading(s, 9.0)

@@ -12,6 +12,7 @@ FISHERS = ("mc", "empirical", "exact")
 LIKELIHOODS = ("auto", "categorical", "bernoulli", "gaussian")
 ENGINES = ("auto", "backpack", "hooks")
 SHARINGS = ("expand", "reduce")
+SCALES = ("model", "layer")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class Curvature:
         kl_clip: kappa of the trust region nu = min(1, sqrt(kappa / (n lr^2 D^T (F + lam I) D))), in nats a sample; n is
             the number of elements of a sample's output under a Bernoulli or Gaussian likelihood, 1 under a categorical
             one (nats a class). None: no trust region; "auto": the variant's own.
+        step_clip: eta of a trust region of every layer's own: nu_l = min(1, eta ||W_l|| / ||D_l||), ||W_l|| counting as
+            0.1 sqrt(n_out) at least, the norm of small random weights, so that what starts at zero moves. None: no such
+            region.
+        relative_to: `"model"`: one damping for all layers. `"layer"`: lam_l = lam S_l / S, S_l being a layer's largest
+            eigenvalue of F and S the largest of all, so that the same part of every layer's spectrum is damped.
         sharing: how a layer used at several positions is treated: `"expand"` (positions count as rows) or `"reduce"`
             (inputs averaged, gradients summed over the positions of a sample).
         dtype: of factors; None: float64 for float64 parameters, float32 for all others.
@@ -62,6 +68,8 @@ class Curvature:
     damping: float | None = None
     floor: float | None = None
     kl_clip: float | Literal["auto"] | None = "auto"
+    step_clip: float | None = None
+    relative_to: Literal["model", "layer"] = "model"
     sharing: Literal["expand", "reduce"] = "expand"
     dtype: torch.dtype | None = None
     seed: int = 0
@@ -72,6 +80,7 @@ class Curvature:
             ("likelihood", LIKELIHOODS),
             ("capture", ENGINES),
             ("sharing", SHARINGS),
+            ("relative_to", SCALES),
         ):
             if getattr(self, name) not in choices:
                 raise unknown(name, getattr(self, name), choices)
@@ -85,7 +94,7 @@ class Curvature:
                 raise invalid(name, value, "a whole number of steps, at least 1")
         if not isinstance(self.burn_in, int) or self.burn_in < 0:
             raise invalid("burn_in", self.burn_in, "a whole number of steps, at least 0")
-        for name in ("damping", "kl_clip", "loss_scale"):
+        for name in ("damping", "kl_clip", "step_clip", "loss_scale"):
             value = getattr(self, name)
             word = {"loss_scale": "sum", "kl_clip": "auto"}.get(name)
             if value is None or value == word:

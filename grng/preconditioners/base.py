@@ -172,8 +172,8 @@ class Preconditioner(ABC):
     def setup(self, groups: Sequence[Group], config: Curvature) -> None:
         """Called by the optimizer with the groups of layers; calls `allocate`."""
         self.groups, self.config = list(groups), config
-        # A lower bound of every damping to come; NaN while it is not known
-        self.floor = torch.zeros((), dtype=torch.float64)
+        # A lower bound of every damping to come, one that goes with (k, 1, 1) for every group
+        self.floors = [torch.zeros((), dtype=torch.float64)] * len(self.groups)
         self.saved: dict[str, Stacked] = {}
         self.failures = torch.zeros(())  # decompositions that found no result
         self.allocate()
@@ -193,9 +193,13 @@ class Preconditioner(ABC):
     def precondition(self, gradients: list[Tensor], damping: list[Tensor]) -> list[Tensor]:
         """Directions for the gradients; damping has one entry a group, (k, 1, 1)."""
 
+    def scales(self) -> list[Tensor]:
+        """The largest eigenvalue that F has in every matrix, (k, 1, 1) a group; ones where the method knows no F."""
+        return [torch.ones(g.size, 1, 1, device=g.device) for g in self.groups]
+
     def largest_curvature(self) -> Tensor:
         """The scale of the curvature, its largest eigenvalue where the method knows it: defaults are relative to it."""
-        return torch.ones((), device=self.groups[0].device)
+        return torch.stack([scale.amax() for scale in self.scales()]).amax()
 
     def measured(self) -> list[Tensor]:
         """Which matrices have been measured, one bool (k, 1, 1) a group; the others are not moved."""

@@ -164,6 +164,9 @@ def _shapes_and_descent(make: Make) -> None:
         masks = [(tuple(mask.shape), mask.dtype) for mask in method.measured()]
         right = masks == [((g.size, 1, 1), torch.bool) for g in groups]
         bench.require(right, f"gives a wrong measured(): {masks}, one bool (k, 1, 1) a group is expected")
+        scales = [tuple(scale.shape) for scale in method.scales()]
+        right = scales == [(g.size, 1, 1) for g in groups]
+        bench.require(right, f"gives wrong scales(): of shapes {scales}, (k, 1, 1) a group is expected")
         scale = method.largest_curvature()
         right = scale.ndim == 0 and bool(scale.isfinite()) and bool(scale >= 0)
         bench.require(right, f"gives a wrong largest_curvature(): {scale}, a finite scalar >= 0 is expected")

@@ -1,6 +1,5 @@
 """Diagonal Fisher: D = -g / (diag F + lam)."""
 
-import torch
 from torch import Tensor
 
 from grng.curvature import Batch, Layer, Statistics
@@ -29,5 +28,5 @@ class Diagonal(Preconditioner):
     def precondition(self, gradients: list[Tensor], damping: list[Tensor]) -> list[Tensor]:
         return [-g / (h + d) for g, h, d in zip(gradients, self.fisher.values, damping, strict=True)]
 
-    def largest_curvature(self) -> Tensor:
-        return torch.stack([h.amax() for h in self.fisher.stacks]).amax()
+    def scales(self) -> list[Tensor]:
+        return [h.amax((1, 2), keepdim=True) for h in self.fisher.values]

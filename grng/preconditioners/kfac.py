@@ -73,6 +73,7 @@ class KFAC(Preconditioner):
         self._valid = torch.ones((), dtype=torch.bool)
         self._kept: list[tuple[int, int] | None] | None = None
         self._seen: list[Tensor] | None = None
+        self._scales: list[Tensor] | None = None
 
     def observe(self, layer: Layer, statistics: Statistics) -> None:
         self.Lambda.add(layer, statistics.input_sum(), statistics.rows)
@@ -82,7 +83,7 @@ class KFAC(Preconditioner):
         self.Lambda.update(batch, by_rows=True)
         self.Gamma.update(batch)
         self._valid = batch.valid  # decompositions of a step that is skipped change nothing
-        self._kept = None
+        self._kept = self._scales = None
         if decompose:
             self._seen = None
             if self.solver == "eigen":
@@ -133,12 +134,11 @@ class KFAC(Preconditioner):
         """Per group how many of the last rows and columns of its spectrum are more than negligible beside the least
         damping; None: all, or so many that nothing is gained. A look at values, once after each refresh."""
         kept: list[tuple[int, int] | None] = []
-        floor = float(self.floor)
-        for s, group in zip(self.spectrum(), self.groups, strict=True):
-            if group.indexed or max(group.n_out, group.n_in) <= SMALL or not floor > 0:
+        for s, group, floor in zip(self.spectrum(), self.groups, self.floors, strict=True):
+            if group.indexed or max(group.n_out, group.n_in) <= SMALL or not bool((floor > 0).all()):
                 kept.append(None)
                 continue
-            a, b = leading(s, NEGLIGIBLE[s.dtype] * floor)
+            a, b = leading(s, NEGLIGIBLE[s.dtype] * floor.to(s))
             m, n = group.n_out, group.n_in
             gain = min(sandwich_costs(m, m, n, n)) > 1.5 * min(sandwich_costs(a, m, n, b))
             kept.append((a, b) if gain else None)
@@ -195,7 +195,8 @@ class KFAC(Preconditioner):
 
     def load_state(self, layer: Layer, state: dict[str, Tensor]) -> None:
         super().load_state(layer, state)
-        self._kept, self._seen, self._stale = None, None, False
+        self._kept = self._seen = self._scales = None
+        self._stale = False
 
     def measured(self) -> list[Tensor]:
         # By what the last decomposition saw: a factor may have been measured only since.
@@ -204,16 +205,17 @@ class KFAC(Preconditioner):
             self._seen = [(values.sum(1) != 0).view(-1, 1, 1) for values in seen]
         return self._seen
 
-    def largest_curvature(self) -> Tensor:
-        """The largest eigenvalue of F over all groups; under the factored forms the product of the largest traces."""
-        if self.solver == "eigen":
-            return torch.stack([s.amax() for s in self.spectrum()]).amax()
-        return torch.stack(
-            [
-                (
-                    Gamma.diagonal(dim1=1, dim2=2).sum(1)
-                    * (L.amax(1) if L.ndim == 2 else L.diagonal(dim1=1, dim2=2).sum(1))
-                ).amax()
-                for Gamma, L in zip(self.Gamma.values, self.Lambda.values, strict=True)
-            ]
-        ).amax()
+    def scales(self) -> list[Tensor]:
+        """The largest eigenvalue of F in every matrix; under the factored forms the product of the factors' traces."""
+        if self._scales is None:
+            if self.solver == "eigen":
+                self._scales = [s.amax((1, 2), keepdim=True) for s in self.spectrum()]
+            else:
+                self._scales = [
+                    (
+                        Gamma.diagonal(dim1=1, dim2=2).sum(1)
+                        * (L.amax(1) if L.ndim == 2 else L.diagonal(dim1=1, dim2=2).sum(1))
+                    ).view(-1, 1, 1)
+                    for Gamma, L in zip(self.Gamma.values, self.Lambda.values, strict=True)
+                ]
+        return self._scales

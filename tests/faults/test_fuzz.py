@@ -68,6 +68,8 @@ CURVATURE = {
     "damping": mostly(NUMBERS),
     "floor": mostly(NUMBERS),
     "kl_clip": mostly(st.one_of(NUMBERS, st.just("auto"))),
+    "step_clip": mostly(NUMBERS),
+    "relative_to": mostly(st.sampled_from(["model", "layer"])),
     "sharing": mostly(st.sampled_from(["expand", "reduce"])),
     "dtype": mostly(st.sampled_from([torch.float32, torch.float64, torch.bfloat16])),
     "seed": mostly(st.sampled_from([0, 7, -1, 2.5])),

@@ -1,0 +1,157 @@
+"""Damping by each layer's own curvature, and a trust region of every layer's own."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from grng import GRNG, Curvature
+from grng.preconditioners import KFAC, Preconditioner
+
+from .cases import METHODS, Root, displacement, mlp, relative, settings, stream, tensors_of, train, vector
+from .test_first_step import DENSE, as_vector, kron, measure
+
+KNOWN = [name for name in DENSE if name != "ring-identity"]  # methods that know the curvature of a layer
+
+
+@pytest.mark.parametrize("B", [7, 24])
+@pytest.mark.parametrize("name", KNOWN)
+def test_damping_by_layer(name: str, B: int) -> None:
+    """lam_l = lam S_l / S in the dense formula of every method."""
+    x, y = stream(1, B, 5)[0]
+    x = 3 * x
+    model = mlp(5, 4, 3)
+    formula, tolerance, _ = DENSE[name]
+    blocks = measure(model, x, y, "exact")
+    tops = {
+        "ring-diagonal": [b.squares.max() for b in blocks],
+        "ekfac": [b.squares_in(*(torch.linalg.eigh(m)[1] for m in (b.Gamma, b.Lambda))).max() for b in blocks],
+        "ring-factored": [b.Gamma.trace() * b.Lambda.trace() for b in blocks],
+        "ring-newton": [b.Gamma.trace() * b.Lambda.trace() for b in blocks],
+    }.get(name, [torch.linalg.matrix_norm(kron(b), 2) for b in blocks])
+    given = settings(fisher="exact", relative_to="layer")
+    with METHODS[name](model, lr=0.3, momentum=0.0, curvature=given) as optimizer:
+        moved = displacement(model, lambda: train(optimizer, model, [(x, y)]))
+        lam = optimizer.diagnostics["lam"]  # of the first layer
+    lams = [lam * top / tops[0] for top in tops]
+    assert not 0.8 < lams[1] / lams[0] < 1.25, "the layers differ"
+    expected = as_vector([0.3 * formula(b, b.gradient, own) for b, own in zip(blocks, lams, strict=True)])
+    assert relative(moved, expected) < tolerance
+
+
+class Grouped(nn.Module):
+    """A grouped convolution, which is several matrices of one layer, and a classifier that starts at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head = nn.Conv1d(4, 6, 3, groups=2), nn.Linear(18, 3)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x).tanh().flatten(1) + 1)
+
+
+@pytest.mark.parametrize("eta", [1e-3, 0.3, 1e9])
+@pytest.mark.parametrize("preconditioner", ["kfac", "ekfac", "diagonal", "identity"])
+@pytest.mark.parametrize("B", [6, 20])
+def test_a_step_within_reach(preconditioner: str, eta: float, B: int) -> None:
+    """nu_l = min(1, eta max(||W_l||, 0.1 sqrt(n_out)) / ||D_l||), weight and bias of all groups of a layer together."""
+    x = torch.randn(B, 4, 5, generator=torch.Generator().manual_seed(1)).double()
+    y = torch.arange(B) % 3
+
+    def moves(step_clip: float | None) -> list[list[Tensor]]:
+        model = Grouped()
+        # Nearly at zero: from zero itself nothing would reach the convolution.
+        with torch.no_grad():
+            model.head.weight[0, 0] = 1e-3
+        curvature = settings(fisher="exact", step_clip=step_clip)
+        layers = [list(layer.parameters()) for layer in (model.conv, model.head)]
+        before = [[p.detach().clone() for p in layer] for layer in layers]
+        with GRNG(model, "kfac", lr=0.5, momentum=0.0, preconditioner=preconditioner, curvature=curvature) as optimizer:
+            optimizer.zero_grad()
+            cross_entropy(model(x), y).backward()
+            optimizer.step()
+        return [[p.detach() - b for p, b in zip(*pair, strict=True)] for pair in zip(layers, before, strict=True)]
+
+    start = Grouped()
+    sizes = [float(torch.cat([p.detach().flatten() for p in start.conv.parameters()]).norm()), 0.1 * 3**0.5]
+    assert sizes[0] > 0.1 * 3**0.5, "a group has three outputs"
+    for free, found, size in zip(moves(None), moves(eta), sizes, strict=True):
+        length = float(torch.cat([part.flatten() for part in free]).norm()) / 0.5
+        assert length > 0
+        nu = min(1.0, eta * size / length)
+        for a, b in zip(free, found, strict=True):
+            assert torch.allclose(b, nu * a, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("name", ["ring", "ekfac", "reng-ggn"])
+def test_resumed(name: str) -> None:
+    """To the bit, also between two refreshes."""
+    curvature = Curvature(relative_to="layer", step_clip=0.02, stats_every=3, burn_in=1)
+    batches = stream(8, 12, 5)
+    straight, resumed = mlp(5, 4, 3), mlp(5, 4, 3)
+    with METHODS[name](straight, curvature=curvature) as optimizer:
+        train(optimizer, straight, batches[:5])
+        saved, weights = optimizer.state_dict(), {k: v.clone() for k, v in straight.state_dict().items()}
+        saved = {**saved, "state": {i: {k: clone(v) for k, v in s.items()} for i, s in saved["state"].items()}}
+        train(optimizer, straight, batches[5:])
+        expected = tensors_of(optimizer)
+    resumed.load_state_dict(weights)
+    with METHODS[name](resumed, curvature=curvature) as optimizer:
+        optimizer.load_state_dict(saved)
+        train(optimizer, resumed, batches[5:])
+        found = tensors_of(optimizer)
+    assert torch.equal(vector(straight), vector(resumed))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def clone(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+@pytest.mark.parametrize("which", ["kalman", "identity", "of one's own"])
+def test_without_a_known_curvature_it_is_refused(which: str) -> None:
+    given: dict[str, Any] = {"preconditioner": {"identity": "identity", "of one's own": Root()}.get(which)}
+    if which == "kalman":
+        given = {}
+    with pytest.raises(ValueError, match=r"relative_to must be 'model' with preconditioner .*knows no curvature"):
+        GRNG(mlp(4, 3), "kalman" if which == "kalman" else "kfac", curvature=Curvature(relative_to="layer"), **given)
+
+
+def test_scales_are_the_largest_eigenvalues() -> None:
+    model, (x, y) = mlp(5, 4, 3), stream(1, 12, 5)[0]
+    blocks = measure(model, x, y, "exact")
+    with METHODS["kfac"](model, curvature=settings(fisher="exact")) as optimizer:
+        train(optimizer, model, [(x, y)])
+        method = optimizer._preconditioner
+        assert isinstance(method, KFAC)
+        found = sorted(float(v) for scale in method.scales() for v in scale.flatten())
+        assert method.largest_curvature().item() == pytest.approx(max(found), rel=1e-12)
+    assert found == pytest.approx(sorted(torch.linalg.matrix_norm(kron(b), 2).item() for b in blocks), rel=1e-9)
+    assert Preconditioner.scales is not KFAC.scales
+
+
+def test_deep_and_narrow() -> None:
+    """A deep tanh autoencoder, whose layers' curvatures are orders of magnitude apart: under one damping and one trust
+    region most of it does not move."""
+
+    def loss_after(**given: Any) -> float:
+        torch.manual_seed(0)
+        sizes = (40, 60, 30, 8, 3, 8, 30, 60, 40)
+        model = mlp(*sizes, dtype=torch.float32)
+        x = torch.randn(256, 3) @ torch.randn(3, 40)
+        y = (x > 0).float()
+        with GRNG(model, "kfac", curvature=Curvature(**given), **({"lr": 0.03} if "step_clip" in given else {})) as opt:
+            for _ in range(60):
+                opt.zero_grad()
+                loss = nn.functional.binary_cross_entropy_with_logits(model(y), y)
+                loss.backward()
+                opt.step()
+        return loss.item()
+
+    assert loss_after(relative_to="layer", step_clip=1.0, kl_clip=None) < 0.8 * loss_after()
