@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import math
+import os
 import struct
 import zipfile
 import zlib
@@ -20,6 +21,11 @@ from .errors import InputError
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 IDX = {"x_train": "train-images", "y_train": "train-labels", "x_test": "t10k-images", "y_test": "t10k-labels"}
 VALID = "'digits', a folder with one .npz file, or a folder of MNIST-style idx files"
+
+
+def data_root(given: Path | None) -> Path | None:
+    """The folder of the data sets: `--data`, or GRNG_DATA; None where neither was given."""
+    return given or (Path(os.environ["GRNG_DATA"]) if "GRNG_DATA" in os.environ else None)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ variance. Then every split is trained on all of its training set with what was c
 import csv
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from .data import data_root
 from .errors import InputError
 from .records import write_atomically
 
@@ -357,8 +357,8 @@ def _spread(mean: float, error: float) -> str:
 
 
 def data_folder(given: Path | None) -> Path:
-    """`--data`, or GRNG_DATA."""
-    found = given or (Path(os.environ["GRNG_DATA"]) if "GRNG_DATA" in os.environ else None)
+    """Where the splits are."""
+    found = data_root(given)
     if found is None:
         raise InputError("the UCI splits are not in the package: give their folder with --data, or GRNG_DATA")
     return found

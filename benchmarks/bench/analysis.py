@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import fmean, median, stdev
 from typing import Any
 
@@ -139,9 +140,13 @@ class Analysis:
     def ahead(self, own: str, other: str) -> tuple[int, int]:
         """On how many workloads with a target `own` is ahead of `other`, and on how many they both ran: by the median
         time to it, and where both missed it by the mean best value."""
-        found = {(line.workload, line.optimizer): self._rank(line) for line in self.lines}
-        both = [w for w in self.workloads if w in self.targets and (w, own) in found and (w, other) in found]
-        return sum(found[w, own] < found[w, other] for w in both), len(both)
+        ranks = self._ranks
+        both = [w for w in self.workloads if w in self.targets and (w, own) in ranks and (w, other) in ranks]
+        return sum(ranks[w, own] < ranks[w, other] for w in both), len(both)
+
+    @cached_property
+    def _ranks(self) -> dict[tuple[str, str], Any]:
+        return {(line.workload, line.optimizer): self._rank(line) for line in self.lines}
 
     def against_twins(self) -> list[Comparison]:
         """Every variant against its own case without regularization."""

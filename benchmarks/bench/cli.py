@@ -1,6 +1,5 @@
 """The commands `grng bench run|tune|targets|report|status`."""
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ..config import parse_settings
+from ..data import data_root
 from ..errors import InputError
 from ..names import merge
 from .listener import default_listener
@@ -62,7 +62,7 @@ def add_bench(app: "typer.Typer") -> None:
         workloads = names(workload) or ([] if tier else own["workloads"] or [])
         tier = tier or (None if workloads else own["tier"] or "fast")
         settings = merge(own["settings"] or {}, parse_settings(sets or (), optimizers))
-        folder = folder_of(data)
+        folder = data_root(data)
         options = {key: value for key, value in options.items() if value is not None}
         protocol: dict[str, Any] = {key: found.pop(key) for key in ("studies", "trials", "seeds") if key in found}
         made = Job(workloads_of(tier, workloads), optimizers, out, folder, settings=settings, **(found | options))
@@ -157,7 +157,7 @@ def add_bench(app: "typer.Typer") -> None:
         from .report import write_report
 
         with refusals("report"):
-            folder = folder_of(data)
+            folder = data_root(data)
             known = published(folder) if folder and (folder / "results_deepobs").is_dir() else None
             written = write_report(Store(out), clock, page, published=known)
             for path in written:
@@ -167,12 +167,7 @@ def add_bench(app: "typer.Typer") -> None:
     def status_command(out: Out = Path("results/bench"), data: Data = None) -> None:
         """Show the workloads, whether their data are there, and what is done in the folder."""
         with refusals("status"):
-            show_status(Store(out), folder_of(data))
-
-
-def folder_of(data: Path | None) -> Path | None:
-    """Where the data sets are, as far as it was said."""
-    return data or (Path(os.environ["GRNG_DATA"]) if "GRNG_DATA" in os.environ else None)
+            show_status(Store(out), data_root(data))
 
 
 def names(lists: list[str] | None) -> list[str]:

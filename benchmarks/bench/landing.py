@@ -22,7 +22,7 @@ def landing_section(analysis: Analysis, published: Published) -> Section | None:
     rows = []
     for workload, name, theirs, runs in pairs_of(analysis, published):
         target = published[PROBLEMS[workload]]["target"]
-        epochs = [epochs_to(run, target) for run in runs]
+        epochs = [run.time_to(target, "step") / run.rows[0]["step"] for run in runs]  # evaluated once an epoch
         curve = median_curve(runs, "step")[1]
         last = min(len(curve), len(theirs["median"]) - 1)
         apart = [100 * (curve[e - 1] - theirs["median"][e]) for e in range(last // 2 + 1, last + 1)]
@@ -94,8 +94,8 @@ def pairs_of(analysis: Analysis, published: Published) -> list[Pair]:
     """What can be compared: runs at the published setting."""
     found: list[Pair] = []
     for workload, problem in PROBLEMS.items():
-        for name, theirs in published.get(problem, {}).get("optimizers", {}).items():
-            own = next(own for own, known in NAMES.items() if known == name)
+        curves = published.get(problem, {}).get("optimizers", {})
+        for own, theirs in ((own, curves[name]) for own, name in NAMES.items() if name in curves):
             runs = [o for o in runs_of(analysis, workload) if o.optimizer == own and o.rows and at(theirs, o)]
             if runs:
                 found.append((workload, own, theirs, runs))
@@ -107,8 +107,3 @@ def at(theirs: dict[str, Any], run: Outcome) -> bool:
     known = {"lr": theirs["learning_rate"]} | ({"momentum": theirs["momentum"]} if theirs["momentum"] else {})
     given = {key: value for key, value in run.trial["settings"].items() if (key, value) != ("weight_decay", 0.0)}
     return given.keys() == known.keys() and all(math.isclose(given[key], known[key], rel_tol=1e-4) for key in known)
-
-
-def epochs_to(run: Outcome, target: float) -> float:
-    """The first evaluation, one an epoch, at the target."""
-    return next((i for i, value in enumerate(run.values(run.metric), 1) if value >= target), math.inf)

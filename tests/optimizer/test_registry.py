@@ -206,6 +206,11 @@ class Scale(Root):
         return -torch.stack([s.amax() for s in self.second.stacks]).amax()
 
 
+class Shapeless(Root):
+    def scales(self) -> list[Tensor]:
+        return [s.amax() for s in self.second.values]
+
+
 class Counting(Root):
     """Counts a batch that is not valid."""
 
@@ -307,6 +312,7 @@ BROKEN: list[tuple[type[Preconditioner], str]] = [
     (InPlace, r"changes the gradients that it was given"),
     (Mask, r"gives a wrong measured\(\)"),
     (Scale, r"gives a wrong largest_curvature\(\)"),
+    (Shapeless, r"gives wrong scales\(\)"),
     (Counting, r"lets a batch that is not valid change 0\.steps"),
     (Poisoned, r"gives directions that are not finite after a batch that is not valid"),
     (Hoarding, r"lets .* change 0\.second"),
