@@ -9,7 +9,8 @@ predictions, the gradient at the output f is
     Gaussian:                          2 (f - y)              (squared error: R = 1/2)
 
 and the user's loss divides it by a normaliser N: the number of predictions for reduction="mean", 1 for "sum", anything
-under loss scaling. Where the labels are hard, N can be read off the arriving gradient. Rows of zeros are padding.
+under loss scaling. Where the labels are hard, N can be read off the arriving gradient; a Bernoulli's also where only
+some are (grey pixels, of which many are black). Rows of zeros are padding.
 """
 
 from collections.abc import Iterator
@@ -17,6 +18,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+SATURATED = 1e-3  # sigma(f) this close to an end: rounding hides what is left
+SOME, FEW = 0.01, 4  # of all targets have to be 0 or 1, and that many at least
 
 
 @dataclass
@@ -161,6 +166,22 @@ class Bernoulli(Likelihood):
         return torch.diag_embed((p * (1 - p)).sqrt())
 
 
+class SoftBernoulli(Bernoulli):
+    """Targets anywhere in [0, 1], some of them at its ends."""
+
+    def read(self, f: Tensor, gradient: Tensor) -> Reading:
+        """N is the largest number for which y = sigma(f) - N g is in [0, 1] everywhere; it fits where many y are 0 or 1."""
+        g = self.rows(gradient)
+        p = torch.sigmoid(self.rows(f))
+        most = torch.where(g > 0, p, 1 - p)  # of N |g|
+        counts = (g != 0) & (most > SATURATED)
+        ratio = torch.where(counts, most / g.abs(), torch.inf)
+        normaliser = ratio.amin()
+        hard = (ratio < normaliser * (1 + tolerance(f, gradient))).sum()
+        misfit = torch.where(hard >= (SOME * counts.sum()).clamp(min=FEW), 0.0, torch.inf).to(g.dtype)
+        return Reading(normaliser, self._count((g != 0).any(-1, keepdim=True), g), misfit)
+
+
 class Gaussian(Likelihood):
     name = "gaussian"
     elementwise = True
@@ -222,6 +243,10 @@ def detect(f: Tensor, gradient: Tensor) -> tuple[Likelihood, str]:
                     "declare Curvature(likelihood=...)"
                 )
             return likelihood, "read off the output gradient"
+    soft = SoftBernoulli().read(f, gradient)
+    usual = (1.0, float(soft.predictions), float(len(f)))  # a sum, a mean over all, a sum over a sample's
+    if float(soft.misfit) < limit and any(abs(float(soft.normaliser) / n - 1) < limit for n in usual):
+        return SoftBernoulli(), "read off the output gradient: soft targets in [0, 1]"
     # An unbatched output is a row too.
     g = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     for dim in dims or [-1] * (f.ndim == 1 and len(f) > 1):
@@ -236,7 +261,7 @@ def detect(f: Tensor, gradient: Tensor) -> tuple[Likelihood, str]:
 def declared(name: str, f: Tensor, gradient: Tensor) -> Likelihood:
     """The likelihood that the user named, with the class dimension and the link that fit best."""
     if name == "bernoulli":
-        return Bernoulli()
+        return min(Bernoulli(), SoftBernoulli(), key=lambda c: float(c.read(f, gradient).misfit))
     if name == "gaussian":
         return Gaussian()
     candidates: list[Likelihood] = [Categorical(), LogCategorical()]
@@ -255,4 +280,5 @@ CODES: tuple[tuple[type[Likelihood], int], ...] = (
     (Gaussian, -1),
     (Unread, -1),
     (Unread, 1),
+    (SoftBernoulli, -1),
 )

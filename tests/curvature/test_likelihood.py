@@ -23,6 +23,7 @@ from grng.curvature.likelihood import (
     Gaussian,
     Likelihood,
     LogCategorical,
+    SoftBernoulli,
     Unread,
     detect,
 )
@@ -31,6 +32,7 @@ from .harness import Attached, measure
 from .reference import relative
 
 Loss = Callable[[Tensor], Tensor]
+Loss2 = Callable[[Tensor, Tensor], Tensor]
 BATCHES = pytest.mark.parametrize("B", [1, 3, 8])
 
 
@@ -124,6 +126,59 @@ def test_a_squared_error_is_taken_at_its_mean(shape: tuple[int, ...], B: int) ->
     reading = likelihood.read(f, gradient)
     assert reading.normaliser == reading.predictions == f.numel()
     assert relative(gradient * reading.normaliser, 2 * (f - y)) < 1e-12
+
+
+def grey(shape: tuple[int, ...]) -> Tensor:
+    """Pixels: a third of them black, some white, grey the others."""
+    return (torch.rand(shape) * 1.7 - 0.5).clamp(0, 1)
+
+
+# The divisor of the summed loss, from the batch size and the number of elements.
+REDUCTIONS: dict[str, Callable[[int, int], float]] = {
+    "mean": lambda B, n: n,
+    "sum": lambda B, n: 1,
+    "a sample's sum": lambda B, n: B,
+}
+
+
+@BATCHES
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", [(40,), (1, 6, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_grey_targets_of_a_binary_cross_entropy_are_read(
+    dtype: torch.dtype, shape: tuple[int, ...], reduction: str, B: int
+) -> None:
+    f, y = 2 * torch.randn(B, *shape, dtype=dtype), grey((B, *shape)).to(dtype)
+    divisor = REDUCTIONS[reduction](B, f.numel())
+    gradient = output_gradient(f, lambda f: binary_cross_entropy_with_logits(f, y, reduction="sum") / divisor)
+    likelihood, reason = detect(f, gradient)
+    assert type(likelihood) is SoftBernoulli
+    assert "soft targets" in reason
+    for scale in (1.0, 1024.0):  # once it is known, whatever the loss is multiplied by
+        reading = likelihood.read(f, scale * gradient)
+        assert reading.misfit == 0
+        assert reading.predictions == f.numel()
+        assert reading.normaliser.item() == pytest.approx(
+            divisor / scale, rel=1e-12 if dtype == torch.float64 else 1e-5
+        )
+
+
+# Not a binary cross-entropy with targets that show its scale: the loss from the output and the pixels, and the output.
+NOT_GREY: dict[str, tuple[Loss2, Callable[[Tensor], Tensor]]] = {
+    "squared error": (mse_loss, lambda f: f),
+    "squared error, summed": (lambda f, y: mse_loss(f, y, reduction="sum"), lambda f: f),
+    "squared error from nothing": (mse_loss, torch.zeros_like),
+    "squared error of small residuals": (mse_loss, lambda f: 0.01 * f),
+    "no target at an end": (lambda f, y: binary_cross_entropy_with_logits(f, 0.1 + 0.8 * y), lambda f: f),
+}
+
+
+@BATCHES
+@pytest.mark.parametrize("case", NOT_GREY)
+def test_what_only_looks_like_grey_targets_is_a_squared_error(case: str, B: int) -> None:
+    loss, output = NOT_GREY[case]
+    f, y = output(torch.randn(B, 40)), grey((B, 40))
+    assert type(detect(f, output_gradient(f, lambda f: loss(f, y)))[0]) is Gaussian
 
 
 # Losses that labels cannot be drawn for; all of them leave a gradient that sums to zero over the classes.
