@@ -18,6 +18,7 @@ from grng.damping import Damping
 from grng.distributed import several, unwrapped
 from grng.errors import GRNGWarning, check_nonnegative, finite, invalid
 from grng.fallback import make_averages, make_momentum
+from grng.matrices import Matrices
 from grng.preconditioners import Preconditioner, make_groups
 from grng.regularizers import FrontEnd
 from grng.regularizers.base import check_groups
@@ -66,6 +67,8 @@ class AttachedOptimizer(StrictOptimizer):
             model, trainable, preconditioner.takes_others and curvature.fisher != "empirical"
         )
         self._groups = make_groups(self._layers, curvature)
+        self._matrices = Matrices(self._layers, self._groups)
+        self._shares: Tensor | None = None  # of every matrix in the largest curvature, until the next refresh
         preconditioner.setup(self._groups, curvature)
         # A weak sink: the finalizer keeps the capture, which must not keep this optimizer.
         self._capture = Capture(model, self._layers, curvature, Hook(self, "_observe"), twice)
@@ -141,7 +144,7 @@ class AttachedOptimizer(StrictOptimizer):
         copies = [t.clone() for t in tensors]
         parts = [(part, dict(vars(part))) for part in (self._damping, self._capture.fisher.noise, self._front)]
         failures = self._preconditioner.failures
-        numbers = {"_period": self._period, "_made": self._made}
+        numbers = {"_period": self._period, "_made": self._made, "_shares": self._shares}
         numbers |= {"_observed": set(self._observed), "_scalars": dict(self._scalars)}
         try:
             yield
@@ -292,6 +295,7 @@ class AttachedOptimizer(StrictOptimizer):
                 self.state[p][name] = value.to("cpu" if name in ON_HOST else p.device, copy=True)
         self._preconditioner.discard()
         self._fresh, self._observed = set(), set()
+        self._shares = None
         for layer in self._layers:
             state = self.state[layer.owner]
             self._preconditioner.load_state(layer, state)

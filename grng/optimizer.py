@@ -16,18 +16,17 @@ from grng.curvature import Curvature, Layer
 from grng.damping import Damping, kl_scale, squared_norm
 from grng.errors import GRNGWarning, finite, invalid, unknown
 from grng.kernels import full_precision
+from grng.matrices import inner, largest_shares
 from grng.posterior import Posterior
 from grng.preconditioners import Kalman, Preconditioner, make_preconditioner
 from grng.regularizers import Explicit, FrontEnd, Regularizer
 from grng.regularizers.frontend import as_chain, under_scaler
 from grng.torch_optim import scalar
 from grng.update import Gradients, update_
-from grng.variants import find_variant
+from grng.variants import Variant, find_variant
 
 MODES = ("double", "finite", "ggn")
 NORMS = ("global", "layer")
-SMALLEST_SHARE = 1e-12  # of the largest curvature, that a layer's own counts as
-SMALL_WEIGHTS = 0.1  # times sqrt(n_out): the least that the norm of a matrix of weights counts as in a trust region
 STEP_OVERHEAD = 1e8  # operations that the fixed costs of a step stand for
 
 
@@ -136,8 +135,6 @@ class GRNG(AttachedOptimizer):
                 raise unknown(name, value, choices)
         if not isinstance(curvature, Curvature):
             raise invalid("curvature", curvature, "a grng.Curvature or None")
-        if curvature.kl_clip == "auto":
-            curvature = replace(curvature, kl_clip=parts.kl_clip)
         if curvature.floor is not None:
             parts = replace(parts, floor=curvature.floor)
         self.variant = variant
@@ -148,10 +145,12 @@ class GRNG(AttachedOptimizer):
         chain = as_chain(regularizer)
         twice = self._penalised or any(part.takes_passes for part in chain)
         method = make_preconditioner(which, **settings)
-        curvature = replace(curvature, noise=resolved_noise(curvature.noise, method, twice))
-        if curvature.relative_to == "layer" and type(method).scales is Preconditioner.scales:
-            known = f"'model' with preconditioner {method.name!r}"
-            raise invalid("relative_to", "layer", known, "It knows no curvature of a layer.")
+        curvature = replace(
+            curvature,
+            noise=resolved_noise(curvature.noise, method, twice),
+            relative_to=resolved_scale(curvature, parts, method, rho),
+        )
+        self._kl_clip, self._step_clip = resolved_regions(curvature, parts)
         self._attach(model, params, defaults, curvature, method, twice)
         self._damping = Damping(parts, rho, curvature.damping, self._device)
         try:
@@ -344,6 +343,7 @@ class GRNG(AttachedOptimizer):
         outputs = self._capture.fisher.outputs(batch).to(self._damping.outputs)
         self._damping.outputs = torch.where(ok, outputs, self._damping.outputs)
         self._preconditioner.refresh(batch, self._decompose() or not self._current <= self._observed)
+        self._shares = None
         self._capture.fisher.noise.fold(ok)
         self._observed |= self._current
         self._scalars["refreshes"] = self._scalars["refreshes"] + 1
@@ -373,26 +373,25 @@ class GRNG(AttachedOptimizer):
             products = self._preconditioner.curvature_product(stacks)
             stacks = [G + self._damping.rho.to(G.dtype) * FG for G, FG in zip(stacks, products, strict=True)]
         found = self._preconditioner.precondition(stacks, self._lam(stacks, square_norm))
-        if self._curvature.step_clip is not None:
-            weights = self._stack(taking, {p: p for layer in taking for p in layer.parameters}, ok)
-            found = self._clipped(found, weights, self._curvature.step_clip)
-        limit = None if isinstance(self._curvature.kl_clip, str) else self._curvature.kl_clip
         # One number a matrix, all groups in one vector. -<D, G> is <D, (F + lam I) D>, whatever solves the system.
-        pairs = zip(found, stacks, strict=True)
-        quadratic = -torch.cat([torch.linalg.vecdot(D.flatten(1), G.flatten(1)) for D, G in pairs])
+        quadratic = -inner(found, stacks)
         # Where factors have overflowed or are not finite, the matrix stays where it is for this step.
         sound = quadratic.isfinite()
         known = torch.cat(self._preconditioner.measured()).flatten() & ok
         still = ~(known & sound)
         self._scalars["broken"] = self._scalars["broken"] + (known & still).sum()
+        # Within momentum, not outside of it: a direction too long for a region must not be remembered as such.
+        factors = quadratic.new_ones(())
+        if self._step_clip is not None:
+            reach = self._step_clip * (1 - self._momenta())
+            factors = self._matrices.reach(reach, inner(found, found).masked_fill(still, 0))
         scale = torch.ones((), dtype=torch.float64, device=self._device)
-        if limit is not None:
-            # Within momentum, not outside of it: a direction too long for the region must not be remembered as such.
-            length = self._squared_length(taking, quadratic.masked_fill(still, 0))
-            scale = kl_scale(limit, self._damping.outputs.to(length) * length).to(scale.dtype)
-        parts = zip(found, still.view(-1, 1, 1).split([len(D) for D in found]), strict=True)
+        if self._kl_clip is not None:
+            length = self._squared_length(taking, (factors.square() * quadratic).masked_fill(still, 0))
+            scale = kl_scale(self._kl_clip, self._damping.outputs.to(length) * length).to(scale.dtype)
         # Contiguous, and not in place: a preconditioner may hand out what it keeps.
-        found = [(D * scale.to(D.dtype)).masked_fill_(mask, 0).contiguous() for D, mask in parts]
+        parts = zip(found, self._matrices.split(factors * scale), self._matrices.split(still), strict=True)
+        found = [(D * nu.to(D.dtype)).masked_fill_(mask, 0).contiguous() for D, nu, mask in parts]
         directions = {
             p: D for layer in taking for p, D in layer.views(found[layer.group][layer.slots]) if p in gradients
         }
@@ -409,42 +408,25 @@ class GRNG(AttachedOptimizer):
 
     def _lam(self, stacks: list[Tensor], square_norm: Tensor) -> list[Tensor]:
         """The damping per group, (k, 1, 1)."""
-        if self._norm == "layer":
-            lam = [self._damping(norm) for norm in self._layer_norms(stacks)]
-        else:
-            lam = [self._damping(square_norm)] * len(stacks)
-        floors = [self._damping.floor] * len(stacks)
+        lam = self._damping(self._matrices.of_layers(inner(stacks, stacks)) if self._norm == "layer" else square_norm)
+        floor = self._damping.floor
         if self._curvature.relative_to == "layer":
-            shares = self._shares()
-            lam = [value * share for value, share in zip(lam, shares, strict=True)]
-            floors = [floor * share for floor, share in zip(floors, shares, strict=True)]
-        self._preconditioner.floors = floors
-        lam = [value.to(G.dtype).expand(len(G), 1, 1) for value, G in zip(lam, stacks, strict=True)]
-        self._scalars["lam"] = lam[0].flatten()[0]
-        return lam
+            if self._shares is None:
+                self._shares = largest_shares(self._preconditioner.scales()).to(floor)
+            lam, floor = lam * self._shares, floor * self._shares
+        self._preconditioner.floors = self._matrices.split(floor)
+        found = [own.to(G.dtype) for own, G in zip(self._matrices.split(lam), stacks, strict=True)]
+        self._scalars["lam"] = found[0].flatten()[0]
+        return found
 
-    def _shares(self) -> list[Tensor]:
-        """Every matrix's largest curvature, as part of the largest of all."""
-        scales = [scale.to(self._damping.one) for scale in self._preconditioner.scales()]
-        largest = torch.stack([scale.amax() for scale in scales]).amax()
-        return [torch.nan_to_num(scale / largest, nan=1.0).clamp(min=SMALLEST_SHARE) for scale in scales]
-
-    def _clipped(self, directions: list[Tensor], weights: list[Tensor], eta: float) -> list[Tensor]:
-        """nu_l D_l, nu_l = min(1, eta ||W_l|| / ||D_l||)."""
-        lengths, sizes = (self._layer_norms(stacks) for stacks in (directions, weights))
-        clipped = []
-        for D, length, size, group in zip(directions, lengths, sizes, self._groups, strict=True):
-            size = size.sqrt().clamp(min=SMALL_WEIGHTS * group.n_out**0.5)
-            clipped.append(D * (eta * size / length.sqrt().clamp(min=torch.finfo(D.dtype).tiny)).clamp(max=1))
-        return clipped
-
-    def _layer_norms(self, stacks: list[Tensor]) -> list[Tensor]:
-        norms = [G.square().sum((1, 2), keepdim=True) for G in stacks]
-        for layer in self._layers:
-            if layer.blocks > 1:
-                own = norms[layer.group][layer.slots]
-                own.copy_(own.sum().expand_as(own))
-        return norms
+    def _momenta(self) -> float | Tensor:
+        """The momentum of every layer's group; one number where it is the same."""
+        values = {group["momentum"] for group in self.param_groups}
+        if len(values) == 1:
+            return values.pop()
+        momentum_of = {p: group["momentum"] for group in self.param_groups for p in group["params"]}
+        momenta = [momentum_of[layer.owner] for layer in self._layers]
+        return torch.tensor(momenta, dtype=torch.float64, device=self._device)
 
     def _squared_length(self, taking: list[Layer], quadratic: Tensor) -> Tensor:
         """lr^2 <D, (F + lam I) D> summed over layers, each with the learning rate of its group; the form by matrix."""
@@ -466,3 +448,22 @@ def resolved_noise(noise: float | str, method: Preconditioner, twice: bool) -> A
         remedy = "Further passes would not be weighted by it."
         raise invalid("noise", noise, 'a number, "auto" or "scalar" where step() takes further passes', remedy)
     return noise
+
+
+def resolved_regions(curvature: Curvature, parts: Variant) -> tuple[float | None, float | None]:
+    """kl_clip and step_clip: where neither is given the variant's own, else what is given."""
+    given = [None if clip == "auto" else clip for clip in (curvature.kl_clip, curvature.step_clip)]
+    own = curvature.kl_clip == curvature.step_clip == "auto"
+    return (parts.kl_clip, parts.step_clip) if own else (given[0], given[1])
+
+
+def resolved_scale(curvature: Curvature, parts: Variant, method: Preconditioner, rho: Any) -> Any:
+    """What "auto" means for the damping's scale: a layer's own, unless a damping of all layers is given as a number."""
+    known = type(method).scales is not Preconditioner.scales
+    if curvature.relative_to == "auto":
+        given = curvature.damping is not None or (parts.regularization == "damping" and rho not in ("auto", 0))
+        return "layer" if parts.layerwise and known and not given else "model"
+    if curvature.relative_to == "layer" and not known:
+        remedy = "It knows no curvature of a layer."
+        raise invalid("relative_to", "layer", f"'model' with preconditioner {method.name!r}", remedy)
+    return curvature.relative_to

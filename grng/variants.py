@@ -18,7 +18,8 @@ class Variant:
         strength: of rho="auto", in units of the largest curvature seen; 0: rho is 0.
         floor: of lam0, in the same units.
         follows: whether these units go on being measured; else the first batch settles them.
-        kl_clip: default trust region.
+        kl_clip, step_clip: default trust regions: of the whole step, of every layer's.
+        layerwise: whether damping is relative to each layer's own curvature where nothing else is said.
         settings: of the preconditioner.
     """
 
@@ -30,6 +31,8 @@ class Variant:
     floor: float = 0.0
     follows: bool = True
     kl_clip: float | None = None
+    step_clip: float | None = None
+    layerwise: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -37,12 +40,13 @@ class Variant:
         return "auto" if self.strength else 0.0
 
 
+NATURAL: dict[str, Any] = {"lr": 0.5, "momentum": 0.9, "step_clip": 0.2, "layerwise": True}
 VARIANTS: dict[str, Variant] = {
-    "ring": Variant("kfac", "damping", lr=0.1, momentum=0.9, strength=0.05, floor=1e-3, kl_clip=1e-3),
-    "reng": Variant("kfac", "penalty", lr=0.1, momentum=0.9, strength=0.01, floor=0.03, kl_clip=1e-3),
+    "ring": Variant("kfac", "damping", strength=0.02, floor=1e-3, **NATURAL),
+    "reng": Variant("kfac", "penalty", strength=0.01, floor=0.01, **NATURAL),
     "kalman": Variant("kalman", "damping", lr=1.0, momentum=0.0, strength=0.05, follows=False),
-    "kfac": Variant("kfac", None, lr=0.1, momentum=0.9, floor=0.03, kl_clip=1e-3),
-    "ekfac": Variant("ekfac", None, lr=0.1, momentum=0.9, floor=0.03, kl_clip=1e-3),
+    "kfac": Variant("kfac", None, floor=0.01, **NATURAL),
+    "ekfac": Variant("ekfac", None, floor=0.01, **NATURAL),
 }
 
 

@@ -12,7 +12,7 @@ FISHERS = ("mc", "empirical", "exact")
 LIKELIHOODS = ("auto", "categorical", "bernoulli", "gaussian")
 ENGINES = ("auto", "backpack", "hooks")
 SHARINGS = ("expand", "reduce")
-SCALES = ("model", "layer")
+SCALES = ("auto", "model", "layer")
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,15 @@ class Curvature:
         kl_clip: kappa of the trust region nu = min(1, sqrt(kappa / (n lr^2 D^T (F + lam I) D))), in nats a sample; n is
             the number of elements of a sample's output under a Bernoulli or Gaussian likelihood, 1 under a categorical
             one (nats a class). None: no trust region; "auto": the variant's own.
-        step_clip: eta of a trust region of every layer's own: nu_l = min(1, eta ||W_l|| / ||D_l||), ||W_l|| counting as
-            0.1 sqrt(n_out) at least, the norm of small random weights, so that what starts at zero moves. None: no such
-            region.
+        step_clip: eta of a trust region of every layer's own: nu_l = min(1, eta (1 - mu) ||W_l|| / ||D_l||) with mu the
+            momentum, so that directions that agree move a layer by lr eta of its norm a step at most; ||W_l|| counts as
+            0.1 sqrt(n_out) at least, the norm of small random weights, so that what starts at zero moves. None: no
+            such region. "auto": the variant's own. Where `kl_clip` or `step_clip` is given, the other one is None
+            unless it is given too.
         relative_to: `"model"`: one damping for all layers. `"layer"`: lam_l = lam S_l / S, S_l being a layer's largest
             eigenvalue of F and S the largest of all, so that the same part of every layer's spectrum is damped.
+            "auto": the variant's own, but "model" where `damping` or a `rho` that damps is a number, or the
+            preconditioner knows no curvature of a layer.
         sharing: how a layer used at several positions is treated: `"expand"` (positions count as rows) or `"reduce"`
             (inputs averaged, gradients summed over the positions of a sample).
         dtype: of factors; None: float64 for float64 parameters, float32 for all others.
@@ -68,8 +72,8 @@ class Curvature:
     damping: float | None = None
     floor: float | None = None
     kl_clip: float | Literal["auto"] | None = "auto"
-    step_clip: float | None = None
-    relative_to: Literal["model", "layer"] = "model"
+    step_clip: float | Literal["auto"] | None = "auto"
+    relative_to: Literal["auto", "model", "layer"] = "auto"
     sharing: Literal["expand", "reduce"] = "expand"
     dtype: torch.dtype | None = None
     seed: int = 0
@@ -96,7 +100,7 @@ class Curvature:
             raise invalid("burn_in", self.burn_in, "a whole number of steps, at least 0")
         for name in ("damping", "kl_clip", "step_clip", "loss_scale"):
             value = getattr(self, name)
-            word = {"loss_scale": "sum", "kl_clip": "auto"}.get(name)
+            word = {"loss_scale": "sum", "kl_clip": "auto", "step_clip": "auto"}.get(name)
             if value is None or value == word:
                 continue
             if not (finite(value) and value > 0):

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 SATURATED = 1e-3  # sigma(f) this close to an end: rounding hides what is left
 SOME, FEW = 0.01, 4  # of all targets have to be 0 or 1, and that many at least
 
@@ -170,7 +169,7 @@ class SoftBernoulli(Bernoulli):
     """Targets anywhere in [0, 1], some of them at its ends."""
 
     def read(self, f: Tensor, gradient: Tensor) -> Reading:
-        """N is the largest number for which y = sigma(f) - N g is in [0, 1] everywhere; it fits where many y are 0 or 1."""
+        """N is the largest for which y = sigma(f) - N g is in [0, 1] everywhere; it fits where many y are 0 or 1."""
         g = self.rows(gradient)
         p = torch.sigmoid(self.rows(f))
         most = torch.where(g > 0, p, 1 - p)  # of N |g|

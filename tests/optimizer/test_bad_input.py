@@ -120,7 +120,7 @@ CURVATURE: list[tuple[dict[str, Any], str]] = [
     ({"kl_clip": -1.0}, r"kl_clip must be a finite number > 0, or None.*-1\.0"),
     ({"kl_clip": "small"}, r'kl_clip must be .*or "auto".*\'small\''),
     ({"step_clip": 0.0}, r"step_clip must be a finite number > 0, or None.*0\.0"),
-    ({"relative_to": "block"}, r"relative_to 'block'.*model, layer"),
+    ({"relative_to": "block"}, r"relative_to 'block'.*auto, model, layer"),
     ({"loss_scale": 0}, r'loss_scale must be .*or "sum".*0'),
     ({"dtype": torch.bfloat16}, r"dtype must be torch\.float32, torch\.float64 or None.*bfloat16"),
 ]

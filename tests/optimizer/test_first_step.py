@@ -301,7 +301,7 @@ def test_automatic_damping(name: str, given: dict[str, float]) -> None:
         "ekfac": max(b.squares_in(torch.linalg.eigh(b.Gamma)[1], torch.linalg.eigh(b.Lambda)[1]).max() for b in first),
     }.get(name, max(torch.linalg.matrix_norm(kron(b), 2) for b in first))
     norms, means = [], []
-    curvature = settings(fisher="exact", burn_in=1, stats_every=100, **floor)
+    curvature = settings(fisher="exact", burn_in=1, stats_every=100, relative_to="model", **floor)
     with METHODS[name](model, curvature=curvature, **own) as optimizer:
         for batch in batches:
             norms.append(sum(b.gradient.square().sum() for b in measure(model, *batch, "exact")))

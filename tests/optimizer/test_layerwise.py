@@ -57,11 +57,13 @@ class Grouped(nn.Module):
         return self.head(self.conv(x).tanh().flatten(1) + 1)
 
 
+@pytest.mark.parametrize("momenta", [(0.0, 0.0), (0.9, 0.9), (0.5, 0.8)])
 @pytest.mark.parametrize("eta", [1e-3, 0.3, 1e9])
 @pytest.mark.parametrize("preconditioner", ["kfac", "ekfac", "diagonal", "identity"])
 @pytest.mark.parametrize("B", [6, 20])
-def test_a_step_within_reach(preconditioner: str, eta: float, B: int) -> None:
-    """nu_l = min(1, eta max(||W_l||, 0.1 sqrt(n_out)) / ||D_l||), weight and bias of all groups of a layer together."""
+def test_a_step_within_reach(preconditioner: str, eta: float, momenta: tuple[float, float], B: int) -> None:
+    """nu_l = min(1, eta (1 - mu) max(||W_l||, 0.1 sqrt(n_out)) / ||D_l||), weight and bias of all groups of a layer
+    together."""
     x = torch.randn(B, 4, 5, generator=torch.Generator().manual_seed(1)).double()
     y = torch.arange(B) % 3
 
@@ -73,7 +75,12 @@ def test_a_step_within_reach(preconditioner: str, eta: float, B: int) -> None:
         curvature = settings(fisher="exact", step_clip=step_clip)
         layers = [list(layer.parameters()) for layer in (model.conv, model.head)]
         before = [[p.detach().clone() for p in layer] for layer in layers]
-        with GRNG(model, "kfac", lr=0.5, momentum=0.0, preconditioner=preconditioner, curvature=curvature) as optimizer:
+        params = [
+            {"params": list(layer.parameters()), "momentum": mu}
+            for layer, mu in zip((model.conv, model.head), momenta, strict=True)
+        ]
+        given: dict[str, Any] = {"params": params, "preconditioner": preconditioner, "curvature": curvature}
+        with GRNG(model, "kfac", lr=0.5, **given) as optimizer:
             optimizer.zero_grad()
             cross_entropy(model(x), y).backward()
             optimizer.step()
@@ -82,10 +89,10 @@ def test_a_step_within_reach(preconditioner: str, eta: float, B: int) -> None:
     start = Grouped()
     sizes = [float(torch.cat([p.detach().flatten() for p in start.conv.parameters()]).norm()), 0.1 * 3**0.5]
     assert sizes[0] > 0.1 * 3**0.5, "a group has three outputs"
-    for free, found, size in zip(moves(None), moves(eta), sizes, strict=True):
+    for free, found, size, mu in zip(moves(None), moves(eta), sizes, momenta, strict=True):
         length = float(torch.cat([part.flatten() for part in free]).norm()) / 0.5
         assert length > 0
-        nu = min(1.0, eta * size / length)
+        nu = min(1.0, eta * (1 - mu) * size / length)
         for a, b in zip(free, found, strict=True):
             assert torch.allclose(b, nu * a, rtol=1e-9, atol=0)
 
@@ -142,7 +149,7 @@ def test_deep_and_narrow() -> None:
         model = mlp(*sizes, dtype=torch.float32)
         x = torch.randn(256, 3) @ torch.randn(3, 40)
         y = (x > 0).float()
-        with GRNG(model, "kfac", curvature=Curvature(**given), **({"lr": 0.03} if "step_clip" in given else {})) as opt:
+        with GRNG(model, "kfac", **given) as opt:
             for _ in range(60):
                 opt.zero_grad()
                 loss = nn.functional.binary_cross_entropy_with_logits(model(y), y)
@@ -150,4 +157,34 @@ def test_deep_and_narrow() -> None:
                 opt.step()
         return loss.item()
 
-    assert loss_after(relative_to="layer", step_clip=1.0, kl_clip=None) < 0.8 * loss_after()
+    assert loss_after() < 0.7 * loss_after(lr=0.1, curvature=Curvature(relative_to="model", kl_clip=1e-3))
+
+
+Settings = dict[str, Any]
+# variant, what is given, and what follows: kl_clip, step_clip, relative_to
+RESOLVED: list[tuple[str, Settings, Settings, tuple[float | None, float | None, str]]] = [
+    *((name, {}, {}, (None, 0.2, "layer")) for name in ("ring", "reng", "kfac", "ekfac")),
+    ("kalman", {}, {}, (None, None, "model")),
+    ("kfac", {"kl_clip": 1e-3}, {}, (1e-3, None, "layer")),
+    ("kfac", {"kl_clip": None}, {}, (None, None, "layer")),
+    ("kfac", {"step_clip": 0.1}, {}, (None, 0.1, "layer")),
+    ("kfac", {"step_clip": None}, {}, (None, None, "layer")),
+    ("kfac", {"step_clip": 0.1, "kl_clip": 0.2}, {}, (0.2, 0.1, "layer")),
+    ("kalman", {"step_clip": 0.1}, {}, (None, 0.1, "model")),
+    # A damping of the whole model is one where it is a number.
+    ("ekfac", {"damping": 0.1}, {}, (None, 0.2, "model")),
+    ("ekfac", {"damping": 0.1, "relative_to": "layer"}, {}, (None, 0.2, "layer")),
+    ("ring", {}, {"rho": 0.1}, (None, 0.2, "model")),
+    ("ring", {}, {"rho": 0.0}, (None, 0.2, "layer")),
+    ("reng", {}, {"rho": 0.1, "mode": "ggn"}, (None, 0.2, "layer")),  # it does not damp
+    ("ring", {"relative_to": "model"}, {}, (None, 0.2, "model")),
+    ("ring", {}, {"preconditioner": "identity"}, (None, 0.2, "model")),
+    ("ring", {}, {"preconditioner": Root()}, (None, 0.2, "model")),
+    ("ring", {}, {"preconditioner": "diagonal"}, (None, 0.2, "layer")),
+]
+
+
+@pytest.mark.parametrize(("variant", "curvature", "given", "expected"), RESOLVED)
+def test_what_auto_means(variant: str, curvature: Settings, given: Settings, expected: tuple[Any, Any, str]) -> None:
+    with GRNG(mlp(4, 3), variant, curvature=Curvature(**curvature), **given) as optimizer:
+        assert (optimizer._kl_clip, optimizer._step_clip, optimizer._curvature.relative_to) == expected
