@@ -374,9 +374,9 @@ class GRNG(AttachedOptimizer):
             stacks = [G + self._damping.rho.to(G.dtype) * FG for G, FG in zip(stacks, products, strict=True)]
         found = self._preconditioner.precondition(stacks, self._lam(stacks, square_norm))
         # One number a matrix, all groups in one vector. -<D, G> is <D, (F + lam I) D>, whatever solves the system.
-        quadratic = -inner(found, stacks)
+        quadratic, squares = -inner(found, stacks), inner(found, found)
         # Where factors have overflowed or are not finite, the matrix stays where it is for this step.
-        sound = quadratic.isfinite()
+        sound = (quadratic + squares).isfinite()
         known = torch.cat(self._preconditioner.measured()).flatten() & ok
         still = ~(known & sound)
         self._scalars["broken"] = self._scalars["broken"] + (known & still).sum()
@@ -384,7 +384,7 @@ class GRNG(AttachedOptimizer):
         factors = quadratic.new_ones(())
         if self._step_clip is not None:
             reach = self._step_clip * (1 - self._momenta())
-            factors = self._matrices.reach(reach, inner(found, found).masked_fill(still, 0))
+            factors = self._matrices.reach(reach, squares.masked_fill(still, 0))
         scale = torch.ones((), dtype=torch.float64, device=self._device)
         if self._kl_clip is not None:
             length = self._squared_length(taking, (factors.square() * quadratic).masked_fill(still, 0))

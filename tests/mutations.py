@@ -80,6 +80,27 @@ MUTATIONS = (
         "tests/optimizer/test_first_step.py -k kl_clip",
     ),
     Mutation(
+        "momentum in a layer's trust region",
+        "grng/optimizer.py",
+        "self._step_clip * (1 - self._momenta())",
+        "self._step_clip * (1 + self._momenta())",
+        "tests/optimizer/test_layerwise.py -k within_reach",
+    ),
+    Mutation(
+        "a layer's share of the damping",
+        "grng/matrices.py",
+        "values / values.amax()",
+        "(values / values.amax()).sqrt()",
+        "tests/optimizer/test_layerwise.py -k damping_by_layer",
+    ),
+    Mutation(
+        "grey targets",
+        "grng/curvature/likelihood.py",
+        "most = torch.where(g > 0, p, 1 - p)",
+        "most = p",
+        "tests/curvature/test_likelihood.py -k grey",
+    ),
+    Mutation(
         "elements of a sample's output in the trust region",
         "grng/curvature/fisher.py",
         "(batch.predictions / max(batch.samples, 1))",

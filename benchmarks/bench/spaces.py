@@ -93,6 +93,7 @@ def rate(low: float, high: float) -> Dimension:
 MOMENTUM = Dimension("1-momentum", 0.02, 0.3)
 NATURAL = (rate(0.1, 1.0), HORIZON, Dimension("weight_decay", 1e-5, 0.03))  # of a layer a step, times a rate near 1
 CONSTANT, FADING = Dimension("floor", 1e-3, 0.3), Dimension("strength", 1e-3, 0.3)  # times the largest curvature seen
+PUBLISHED = (rate(0.01, 1.0), HORIZON, DECAY, Dimension("floor", 1e-3, 1.0))  # K-FAC of one damping and a KL clip
 KALMAN = (rate(0.2, 1.0), HORIZON, Dimension("gamma", 1e-2, 0.3), Dimension("strength", 1e-3, 1.0))
 
 ROSTER = (
@@ -104,6 +105,7 @@ ROSTER = (
     Contestant("kalman/rho=0", KALMAN[:-1], {"strength": 0.0}),
     Contestant("kfac", (*NATURAL, CONSTANT)),
     Contestant("ekfac", (*NATURAL, CONSTANT)),
+    Contestant("kfac/kl", PUBLISHED, {"relative_to": "model", "kl_clip": 1e-3}),
     Contestant("sgd-momentum", (rate(3e-3, 1.0), HORIZON, DECAY, MOMENTUM), {"nesterov": True}),
     Contestant("adamw", (ADAM_LR, HORIZON, DECAY, BETA1)),
     Contestant("nadamw", (ADAM_LR, HORIZON, DECAY, BETA1)),
