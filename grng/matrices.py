@@ -27,7 +27,7 @@ class Matrices:
             index for group in groups for layer in group.layers for index in [layers.index(layer)] * layer.blocks
         ]
         self._layer = torch.tensor(of_matrix, dtype=torch.long, device=device)
-        self._parameters = [p for layer in layers for p in layer.parameters]
+        self._parameters: list[Tensor] = [p for layer in layers for p in layer.parameters]
         of_parameter = [index for index, layer in enumerate(layers) for _ in layer.parameters]
         self._layer_of_parameter = torch.tensor(of_parameter, dtype=torch.long, device=device)
         outputs = torch.tensor([layer.n_out for layer in layers], dtype=torch.float64, device=device)

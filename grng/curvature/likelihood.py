@@ -243,8 +243,8 @@ def detect(f: Tensor, gradient: Tensor) -> tuple[Likelihood, str]:
                 )
             return likelihood, "read off the output gradient"
     soft = SoftBernoulli().read(f, gradient)
-    usual = (1.0, float(soft.predictions), float(len(f)))  # a sum, a mean over all, a sum over a sample's
-    if float(soft.misfit) < limit and any(abs(float(soft.normaliser) / n - 1) < limit for n in usual):
+    divisors = (1.0, float(soft.predictions), float(len(f)))  # of a sum, a mean over all, a mean of samples' sums
+    if float(soft.misfit) < limit and any(abs(float(soft.normaliser) / n - 1) < limit for n in divisors):
         return SoftBernoulli(), "read off the output gradient: soft targets in [0, 1]"
     # An unbatched output is a row too.
     g = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
