@@ -452,9 +452,10 @@ def resolved_noise(noise: float | str, method: Preconditioner, twice: bool) -> A
 
 def resolved_regions(curvature: Curvature, parts: Variant) -> tuple[float | None, float | None]:
     """kl_clip and step_clip: where neither is given the variant's own, else what is given."""
-    given = [None if clip == "auto" else clip for clip in (curvature.kl_clip, curvature.step_clip)]
-    own = curvature.kl_clip == curvature.step_clip == "auto"
-    return (parts.kl_clip, parts.step_clip) if own else (given[0], given[1])
+    if curvature.kl_clip == curvature.step_clip == "auto":
+        return None, parts.step_clip
+    kl_clip, step_clip = (None if clip == "auto" else clip for clip in (curvature.kl_clip, curvature.step_clip))
+    return kl_clip, step_clip
 
 
 def resolved_scale(curvature: Curvature, parts: Variant, method: Preconditioner, rho: Any) -> Any:

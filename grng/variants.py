@@ -18,7 +18,7 @@ class Variant:
         strength: of rho="auto", in units of the largest curvature seen; 0: rho is 0.
         floor: of lam0, in the same units.
         follows: whether these units go on being measured; else the first batch settles them.
-        kl_clip, step_clip: default trust regions: of the whole step, of every layer's.
+        step_clip: default trust region of every layer's own.
         layerwise: whether damping is relative to each layer's own curvature where nothing else is said.
         settings: of the preconditioner.
     """
@@ -30,7 +30,6 @@ class Variant:
     strength: float = 0.0
     floor: float = 0.0
     follows: bool = True
-    kl_clip: float | None = None
     step_clip: float | None = None
     layerwise: bool = False
     settings: dict[str, Any] = field(default_factory=dict)

@@ -43,7 +43,7 @@ class Curvature:
         floor: lam0 in those units, where damping is None; None: the variant's own.
         kl_clip: kappa of the trust region nu = min(1, sqrt(kappa / (n lr^2 D^T (F + lam I) D))), in nats a sample; n is
             the number of elements of a sample's output under a Bernoulli or Gaussian likelihood, 1 under a categorical
-            one (nats a class). None: no trust region; "auto": the variant's own.
+            one (nats a class). None or "auto": no such region.
         step_clip: eta of a trust region of every layer's own: nu_l = min(1, eta (1 - mu) ||W_l|| / ||D_l||) with mu the
             momentum, so that directions that agree move a layer by lr eta of its norm a step at most; ||W_l|| counts as
             0.1 sqrt(n_out) at least, the norm of small random weights, so that what starts at zero moves. None: no
