@@ -419,23 +419,27 @@ class GRNG(AttachedOptimizer):
         self._scalars["lam"] = found[0].flatten()[0]
         return found
 
+    def _by_layer(self, setting: str) -> list[Any]:
+        """A setting of every layer's param group; a single entry where it is the same for all."""
+        values = [group[setting] for group in self.param_groups]
+        if len({id(value) if isinstance(value, Tensor) else value for value in values}) == 1:
+            return values[:1]
+        of_parameter = {p: group[setting] for group in self.param_groups for p in group["params"]}
+        return [of_parameter[layer.owner] for layer in self._layers]
+
     def _momenta(self) -> float | Tensor:
-        """The momentum of every layer's group; one number where it is the same."""
-        values = {group["momentum"] for group in self.param_groups}
-        if len(values) == 1:
-            return values.pop()
-        momentum_of = {p: group["momentum"] for group in self.param_groups for p in group["params"]}
-        momenta = [momentum_of[layer.owner] for layer in self._layers]
-        return torch.tensor(momenta, dtype=torch.float64, device=self._device)
+        """The momentum of every layer; one number where it is the same."""
+        momenta = self._by_layer("momentum")
+        return momenta[0] if len(momenta) == 1 else torch.tensor(momenta, dtype=torch.float64, device=self._device)
 
     def _squared_length(self, taking: list[Layer], quadratic: Tensor) -> Tensor:
         """lr^2 <D, (F + lam I) D> summed over layers, each with the learning rate of its group; the form by matrix."""
-        rates = [group["lr"] for group in self.param_groups]
-        if len({id(rate) if isinstance(rate, Tensor) else rate for rate in rates}) == 1:
+        rates = self._by_layer("lr")
+        if len(rates) == 1:
             return scalar(rates[0]) ** 2 * quadratic.sum()
-        rate_of = {p: group["lr"] for group in self.param_groups for p in group["params"]}
-        by_group = quadratic.split([group.size for group in self._groups])
-        return sum(scalar(rate_of[layer.owner]) ** 2 * by_group[layer.group][layer.slots].sum() for layer in taking)
+        rate_of = dict(zip(self._layers, rates, strict=True))
+        parts = self._matrices.split(quadratic)
+        return sum(scalar(rate_of[layer]) ** 2 * parts[layer.group][layer.slots].sum() for layer in taking)
 
 
 def resolved_noise(noise: float | str, method: Preconditioner, twice: bool) -> Any:
