@@ -1,4 +1,4 @@
-"""How much is added to the curvature, lam = rho ||g||^2 + lam0, and the trust region."""
+"""How much is added to the curvature: lam = rho ||g||^2 + lam0."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -111,19 +111,3 @@ def squared_norm(tensors: list[Tensor]) -> Tensor:
     """
     norms = torch.stack(torch._foreach_norm(tensors))
     return norms.to(torch.promote_types(norms.dtype, torch.float32)).square().sum()
-
-
-def kl_scale(limit: float, quadratic: Tensor) -> Tensor:
-    """nu = min(1, sqrt(kappa / (n lr^2 sum_layers <D, (F + lam I) D>))) given that quadratic form, n included.
-
-    n is how many predictions are one sample's: 784 for the pixels of an image that is put together again, 1 for a class
-    (each position's for itself). F is that of the mean over predictions, and without n a network of many outputs would
-    move by n times as many nats a sample: a deep autoencoder's first steps then leave the region in which F holds.
-
-    With lam in it, because a step into directions in which F holds next to nothing, and the damping all, would else
-    have no bound: F there is known least, and grows fastest after a small initialisation.
-
-    >>> kl_scale(1.0, torch.tensor(4.0)).item()
-    0.5
-    """
-    return (limit / quadratic.clamp(min=torch.finfo(quadratic.dtype).tiny)).sqrt().clamp(max=1)

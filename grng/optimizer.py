@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from grng.attached import AttachedOptimizer, check_hyperparameters
 from grng.curvature import Curvature, Layer
-from grng.damping import Damping, kl_scale, squared_norm
+from grng.damping import Damping, squared_norm
 from grng.errors import GRNGWarning, finite, invalid, unknown
 from grng.kernels import full_precision
 from grng.matrices import inner, largest_shares
 from grng.posterior import Posterior
 from grng.preconditioners import Kalman, Preconditioner, make_preconditioner
+from grng.region import TrustRegion
 from grng.regularizers import Explicit, FrontEnd, Regularizer
 from grng.regularizers.frontend import as_chain, under_scaler
-from grng.torch_optim import scalar
 from grng.update import Gradients, update_
-from grng.variants import Variant, find_variant
+from grng.variants import find_variant, resolved_noise, resolved_scale
 
 MODES = ("double", "finite", "ggn")
 NORMS = ("global", "layer")
@@ -150,8 +150,8 @@ class GRNG(AttachedOptimizer):
             noise=resolved_noise(curvature.noise, method, twice),
             relative_to=resolved_scale(curvature, parts, method, rho),
         )
-        self._kl_clip, self._step_clip = resolved_regions(curvature, parts)
         self._attach(model, params, defaults, curvature, method, twice)
+        self._region = TrustRegion(curvature, parts, self._layers, self._matrices)
         self._damping = Damping(parts, rho, curvature.damping, self._device)
         try:
             self._front = self._make_front(chain)
@@ -380,18 +380,11 @@ class GRNG(AttachedOptimizer):
         known = torch.cat(self._preconditioner.measured()).flatten() & ok
         still = ~(known & sound)
         self._scalars["broken"] = self._scalars["broken"] + (known & still).sum()
-        # Within momentum, not outside of it: a direction too long for a region must not be remembered as such.
-        factors = quadratic.new_ones(())
-        if self._step_clip is not None:
-            reach = self._step_clip * (1 - self._momenta())
-            factors = self._matrices.reach(reach, squares.masked_fill(still, 0))
-        scale = torch.ones((), dtype=torch.float64, device=self._device)
-        if self._kl_clip is not None:
-            length = self._squared_length(taking, (factors.square() * quadratic).masked_fill(still, 0))
-            scale = kl_scale(self._kl_clip, self._damping.outputs.to(length) * length).to(scale.dtype)
+        quadratic, squares = quadratic.masked_fill(still, 0), squares.masked_fill(still, 0)
+        nu, scale = self._region(self.param_groups, taking, quadratic, squares, self._damping.outputs)
         # Contiguous, and not in place: a preconditioner may hand out what it keeps.
-        parts = zip(found, self._matrices.split(factors * scale), self._matrices.split(still), strict=True)
-        found = [(D * nu.to(D.dtype)).masked_fill_(mask, 0).contiguous() for D, nu, mask in parts]
+        parts = zip(found, self._matrices.split(nu), self._matrices.split(still), strict=True)
+        found = [(D * part.to(D.dtype)).masked_fill_(mask, 0).contiguous() for D, part, mask in parts]
         directions = {
             p: D for layer in taking for p, D in layer.views(found[layer.group][layer.slots]) if p in gradients
         }
@@ -418,57 +411,3 @@ class GRNG(AttachedOptimizer):
         found = [own.to(G.dtype) for own, G in zip(self._matrices.split(lam), stacks, strict=True)]
         self._scalars["lam"] = found[0].flatten()[0]
         return found
-
-    def _by_layer(self, setting: str) -> list[Any]:
-        """A setting of every layer's param group; a single entry where it is the same for all."""
-        values = [group[setting] for group in self.param_groups]
-        if len({id(value) if isinstance(value, Tensor) else value for value in values}) == 1:
-            return values[:1]
-        of_parameter = {p: group[setting] for group in self.param_groups for p in group["params"]}
-        return [of_parameter[layer.owner] for layer in self._layers]
-
-    def _momenta(self) -> float | Tensor:
-        """The momentum of every layer; one number where it is the same."""
-        momenta = self._by_layer("momentum")
-        return momenta[0] if len(momenta) == 1 else torch.tensor(momenta, dtype=torch.float64, device=self._device)
-
-    def _squared_length(self, taking: list[Layer], quadratic: Tensor) -> Tensor:
-        """lr^2 <D, (F + lam I) D> summed over layers, each with the learning rate of its group; the form by matrix."""
-        rates = self._by_layer("lr")
-        if len(rates) == 1:
-            return scalar(rates[0]) ** 2 * quadratic.sum()
-        rate_of = dict(zip(self._layers, rates, strict=True))
-        parts = self._matrices.split(quadratic)
-        return sum(scalar(rate_of[layer]) ** 2 * parts[layer.group][layer.slots].sum() for layer in taking)
-
-
-def resolved_noise(noise: float | str, method: Preconditioner, twice: bool) -> Any:
-    """What "auto" means for a method; the noise matters only where the summed loss is weighed."""
-    if noise == "auto":
-        return "scalar" if method.weighs_sums else noise
-    if not method.weighs_sums:
-        raise invalid("noise", noise, f'"auto" with preconditioner {method.name!r}', "Only kalman weighs the loss.")
-    if noise in ("diagonal", "full") and twice:
-        remedy = "Further passes would not be weighted by it."
-        raise invalid("noise", noise, 'a number, "auto" or "scalar" where step() takes further passes', remedy)
-    return noise
-
-
-def resolved_regions(curvature: Curvature, parts: Variant) -> tuple[float | None, float | None]:
-    """kl_clip and step_clip: where neither is given the variant's own, else what is given."""
-    if curvature.kl_clip == curvature.step_clip == "auto":
-        return None, parts.step_clip
-    kl_clip, step_clip = (None if clip == "auto" else clip for clip in (curvature.kl_clip, curvature.step_clip))
-    return kl_clip, step_clip
-
-
-def resolved_scale(curvature: Curvature, parts: Variant, method: Preconditioner, rho: Any) -> Any:
-    """What "auto" means for the damping's scale: a layer's own, unless a damping of all layers is given as a number."""
-    known = type(method).scales is not Preconditioner.scales
-    if curvature.relative_to == "auto":
-        given = curvature.damping is not None or (parts.regularization == "damping" and rho not in ("auto", 0))
-        return "layer" if parts.layerwise and known and not given else "model"
-    if curvature.relative_to == "layer" and not known:
-        remedy = "It knows no curvature of a layer."
-        raise invalid("relative_to", "layer", f"'model' with preconditioner {method.name!r}", remedy)
-    return curvature.relative_to

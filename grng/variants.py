@@ -3,7 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from grng.errors import unknown
+from grng.curvature import Curvature
+from grng.errors import invalid, unknown
+from grng.preconditioners import Preconditioner
 
 
 @dataclass(frozen=True)
@@ -58,3 +60,27 @@ def find_variant(name: str) -> Variant:
     if not isinstance(name, str) or name not in VARIANTS:
         raise unknown("variant", name, VARIANTS)
     return VARIANTS[name]
+
+
+def resolved_noise(noise: float | str, method: Preconditioner, twice: bool) -> Any:
+    """What "auto" means for a method; the noise matters only where the summed loss is weighed."""
+    if noise == "auto":
+        return "scalar" if method.weighs_sums else noise
+    if not method.weighs_sums:
+        raise invalid("noise", noise, f'"auto" with preconditioner {method.name!r}', "Only kalman weighs the loss.")
+    if noise in ("diagonal", "full") and twice:
+        remedy = "Further passes would not be weighted by it."
+        raise invalid("noise", noise, 'a number, "auto" or "scalar" where step() takes further passes', remedy)
+    return noise
+
+
+def resolved_scale(curvature: Curvature, parts: Variant, method: Preconditioner, rho: Any) -> Any:
+    """What "auto" means for the damping's scale: a layer's own, unless a damping of all layers is given as a number."""
+    known = type(method).scales is not Preconditioner.scales
+    if curvature.relative_to == "auto":
+        given = curvature.damping is not None or (parts.regularization == "damping" and rho not in ("auto", 0))
+        return "layer" if parts.layerwise and known and not given else "model"
+    if curvature.relative_to == "layer" and not known:
+        remedy = "It knows no curvature of a layer."
+        raise invalid("relative_to", "layer", f"'model' with preconditioner {method.name!r}", remedy)
+    return curvature.relative_to

@@ -74,16 +74,16 @@ MUTATIONS = (
     ),
     Mutation(
         "trust region",
-        "grng/damping.py",
+        "grng/region.py",
         ".sqrt().clamp(max=1)",
         ".clamp(max=1)",
         "tests/optimizer/test_first_step.py -k kl_clip",
     ),
     Mutation(
         "momentum in a layer's trust region",
-        "grng/optimizer.py",
-        "self._step_clip * (1 - self._momenta())",
-        "self._step_clip * (1 + self._momenta())",
+        "grng/region.py",
+        "self.step_clip * (1 - self._momenta(groups))",
+        "self.step_clip * (1 + self._momenta(groups))",
         "tests/optimizer/test_layerwise.py -k within_reach",
     ),
     Mutation(

@@ -187,4 +187,4 @@ RESOLVED: list[tuple[str, Settings, Settings, tuple[float | None, float | None, 
 @pytest.mark.parametrize(("variant", "curvature", "given", "expected"), RESOLVED)
 def test_what_auto_means(variant: str, curvature: Settings, given: Settings, expected: tuple[Any, Any, str]) -> None:
     with GRNG(mlp(4, 3), variant, curvature=Curvature(**curvature), **given) as optimizer:
-        assert (optimizer._kl_clip, optimizer._step_clip, optimizer._curvature.relative_to) == expected
+        assert (optimizer._region.kl_clip, optimizer._region.step_clip, optimizer._curvature.relative_to) == expected
