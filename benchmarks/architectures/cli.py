@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from grng import Curvature, check
-from grng.checkup import Checkup, Loss
+from grng.checkup import Checkup
+from grng.invariance import Loss
 
 from ..errors import InputError, choose
 from ..workloads.named import build_named, is_named

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from typer.testing import CliRunner
 
-import grng.checkup
+import grng.invariance
 from grng import GRNG, Curvature, check
 from grng.curvature import DenseStatistics
 from grng.update import update_
@@ -154,8 +154,8 @@ def test_a_hook_that_is_left_behind_is_found(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(GRNG, "close", lambda self: None)
     model = mlp()
     kept = []
-    monkeypatch.setattr(grng.checkup, "GRNG", lambda *a, **k: kept.append(GRNG(*a, **k)) or kept[-1])
-    (_, closing) = grng.checkup.attaching(model, data(), loss, "ring", Curvature())
+    monkeypatch.setattr(grng.invariance, "GRNG", lambda *a, **k: kept.append(GRNG(*a, **k)) or kept[-1])
+    (_, closing) = grng.invariance.attaching(model, data(), loss, "ring", Curvature())
     assert closing.holds is False
     assert "._forward_hooks" in closing.reason
     for optimizer in kept:
@@ -167,7 +167,7 @@ def test_an_attachment_that_draws_random_numbers_is_found(monkeypatch: pytest.Mo
 
     known = Capture._enter
     monkeypatch.setattr(Capture, "_enter", lambda self, *args: (torch.rand(1), known(self, *args))[1])
-    (attaching, _) = grng.checkup.attaching(mlp(), data(), loss, "ring", Curvature())
+    (attaching, _) = grng.invariance.attaching(mlp(), data(), loss, "ring", Curvature())
     assert (attaching.holds, attaching.reason) == (False, "random numbers")
 
 
