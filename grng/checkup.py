@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -120,6 +120,8 @@ def check(
     if loss is None:
         inputs, loss = random_labels(model, inputs)
     curvature = Curvature() if curvature is None else curvature
+    if curvature.adapts:  # later than in the steps that are taken here
+        curvature = replace(curvature, damping=None)
     found = Checkup()
     with put_back(model), warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")

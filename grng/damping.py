@@ -10,10 +10,13 @@ from grng.variants import Variant
 if TYPE_CHECKING:
     from grng.preconditioners import Preconditioner
 
-STATE = "grng_damping"  # its name in a checkpoint
+STATE, FACTOR = "grng_damping", "grng_damping_factor"  # their names in a checkpoint
 ABSOLUTE_FLOOR = 1e-8
 MEMORY = 0.9  # of the mean of ||g||^2
 OUTLIER = 100.0  # times that mean is the most that one gradient counts
+ADAPT_EVERY = 5  # steps between comparisons of the loss with its quadratic model
+ADAPT_RATE = 19 / 20  # of the damping, a step
+ADAPT_MOST = 1e6  # times more or less than without
 FADE = 0.98  # of the largest curvature, a refresh: after a batch out of all proportion it comes back
 
 
@@ -37,14 +40,18 @@ class Damping:
         rho: a number or "auto".
         lam0: a number or None.
         device: of the scalars.
+        adapts: whether lam0 is multiplied by a factor that follows the reduction of the loss.
     """
 
-    def __init__(self, variant: Variant, rho: Any, lam0: float | None, device: torch.device) -> None:
+    def __init__(
+        self, variant: Variant, rho: Any, lam0: float | None, device: torch.device, adapts: bool = False
+    ) -> None:
         self.variant, self.given_rho, self.given_floor = variant, None if rho == "auto" else rho, lam0
+        self.adapts, self.every = adapts, ADAPT_EVERY
         # In float64, so that a setting reaches float64 factors unrounded.
         self.latest = self.largest = self.norm = torch.zeros((), dtype=torch.float64, device=device)  # s, S, N
         self.mean = self.weight = self.latest  # of ||g||^2 over MEMORY, and how much of that memory is filled
-        self.one = self.outputs = torch.ones_like(self.latest)
+        self.one = self.outputs = self.factor = torch.ones_like(self.latest)
         self.settled = False
         self._derive()
 
@@ -64,7 +71,7 @@ class Damping:
         if self.given_floor is not None:
             self.floor = self.one * self.given_floor
         else:  # the filter needs no floor: its prior is one
-            self.floor = (v.floor * self.largest).clamp(min=ABSOLUTE_FLOOR if v.floor else 0.0)
+            self.floor = (self.factor * v.floor * self.largest).clamp(min=ABSOLUTE_FLOOR if v.floor else 0.0)
 
     def __call__(self, square_norm: Tensor) -> Tensor:
         rho = self.rho if self.variant.regularization == "damping" else 0.0
@@ -93,14 +100,53 @@ class Damping:
         if not self.variant.follows:
             self.settled = bool(self.largest > 0)  # a look at the value, until it is settled
 
+    def adapt(self, actual: Tensor, predicted: Tensor) -> None:
+        """Make the factor follow how the loss changed beside how its quadratic model said it would."""
+        self.factor = adapted(self.factor, actual.to(self.one), predicted.to(self.one), self.every)
+        self._derive()
+
     def state(self) -> dict[str, Tensor]:
-        return {STATE: torch.stack([self.latest, self.largest, self.norm, self.mean, self.weight, self.outputs])}
+        factor = {FACTOR: self.factor} if self.adapts else {}
+        return factor | {
+            STATE: torch.stack([self.latest, self.largest, self.norm, self.mean, self.weight, self.outputs])
+        }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """What was seen comes back; what the constructor sets stays as it was set."""
         self.latest, self.largest, self.norm, self.mean, self.weight, self.outputs = state[STATE].clone()
+        if self.adapts:
+            self.factor = state[FACTOR].clone()
         self.settled = not self.variant.follows and bool(self.largest > 0)
         self._derive()
+
+
+def adapted(factor: Tensor, actual: Tensor, predicted: Tensor, every: int = ADAPT_EVERY) -> Tensor:
+    r"""The rule of Levenberg and Marquardt, as Martens & Grosse (2015, section 6.5) have it, every T steps.
+
+        r = (L(theta + delta) - L(theta)) / (g^T delta + 1/2 delta^T F delta)
+        factor <- factor w^T where r > 3/4,   factor w^{-T} where r < 1/4,   w = 19/20
+
+    delta is what the step did, with momentum and decay in it. Derived here: a loss that is not finite counts as
+    r < 1/4; where the model itself foretells no descent, a loss that rises does; the factor stays within 10^6 either
+    way.
+
+    Args:
+        factor: that multiplies the damping.
+        actual: how the loss changed.
+        predicted: how its quadratic model said that it would.
+        every: T.
+
+    >>> factor = torch.tensor(1.0, dtype=torch.float64)
+    >>> [round(adapted(factor, torch.tensor(a), torch.tensor(-1.0)).item(), 3) for a in (-0.9, -0.5, 0.1)]
+    [0.774, 1.0, 1.292]
+    """
+    descent = predicted < 0
+    ratio = actual / torch.where(descent, predicted, -1.0)
+    worse = ~(ratio >= torch.where(descent, 0.25, 0.0)) | ratio.isinf()
+    better = descent & (ratio > 0.75) & ~worse
+    rate = ADAPT_RATE**every
+    changed = torch.where(worse, factor / rate, torch.where(better, factor * rate, factor))
+    return changed.clamp(1 / ADAPT_MOST, ADAPT_MOST)
 
 
 def squared_norm(tensors: list[Tensor]) -> Tensor:

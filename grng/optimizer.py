@@ -21,9 +21,10 @@ from grng.posterior import Posterior
 from grng.preconditioners import Kalman, Preconditioner, make_preconditioner
 from grng.region import TrustRegion
 from grng.regularizers import Explicit, FrontEnd, Regularizer
+from grng.regularizers.displacement import RandomState
 from grng.regularizers.frontend import as_chain, under_scaler
 from grng.update import Gradients, update_
-from grng.variants import find_variant, resolved_noise, resolved_scale
+from grng.variants import check_adaptive, find_variant, resolved_noise, resolved_scale
 
 MODES = ("double", "finite", "ggn")
 NORMS = ("global", "layer")
@@ -145,6 +146,8 @@ class GRNG(AttachedOptimizer):
         chain = as_chain(regularizer)
         twice = self._penalised or any(part.takes_passes for part in chain)
         method = make_preconditioner(which, **settings)
+        if curvature.adapts:
+            check_adaptive(parts, method)
         curvature = replace(
             curvature,
             noise=resolved_noise(curvature.noise, method, twice),
@@ -152,7 +155,7 @@ class GRNG(AttachedOptimizer):
         )
         self._attach(model, params, defaults, curvature, method, twice)
         self._region = TrustRegion(curvature, parts, self._layers, self._matrices)
-        self._damping = Damping(parts, rho, curvature.damping, self._device)
+        self._damping = Damping(parts, rho, curvature.lam0, self._device, curvature.adapts)
         try:
             self._front = self._make_front(chain)
         except Exception:
@@ -180,8 +183,8 @@ class GRNG(AttachedOptimizer):
 
     @property
     def requires_closure(self) -> bool:
-        """Whether `step` needs a closure or :meth:`passes`, because the gradient takes further passes."""
-        return self._front.requires_passes
+        """Whether `step` needs a closure, or :meth:`passes` where it is the gradient that takes further passes."""
+        return self._front.requires_passes or self._damping.adapts
 
     @property
     def hessian_products(self) -> int:
@@ -210,7 +213,7 @@ class GRNG(AttachedOptimizer):
 
         Args:
             closure: calls `zero_grad`, the forward pass and `backward`, and returns the loss. Needed by reng in modes
-                "double" and "finite", taken by all.
+                "double" and "finite" and by `Curvature(damping="levenberg-marquardt")`, taken by all.
 
         Returns:
             what the closure returned.
@@ -224,8 +227,14 @@ class GRNG(AttachedOptimizer):
             return self._step(closure, scaled)
 
     def _step(self, closure: Callable[[], Any] | None, scaled: bool) -> Any:
-        loss = None
+        loss, random = None, None
         if closure is None:
+            if self._damping.adapts:
+                raise RuntimeError(
+                    "damping='levenberg-marquardt' evaluates the loss again after a step: call step(closure) with a "
+                    "closure that calls zero_grad(), the forward pass and backward() and returns the loss; or give "
+                    "damping as a number or None"
+                )
             if self._penalised and not self._front.ready:
                 raise RuntimeError(
                     f"variant 'reng' in mode {self._mode!r} takes a second pass: call step(closure) with a closure "
@@ -236,15 +245,20 @@ class GRNG(AttachedOptimizer):
             if scaled:
                 self._note_scale(self._front.unscale_(self, list(gradients.values())))
         else:
+            if self._damping.adapts and (self._steps + 1) % self._damping.every == 0:
+                random = RandomState([p for group in self.param_groups for p in group["params"]])
             try:
                 loss, gradients = self._evaluate(closure)
             except BaseException:
                 self._forget()
                 self._capture.finish_step(self._due())
                 raise
+        before = {p: p.detach().clone() for p in gradients} if random else {}
         with torch.no_grad(), full_precision(self._device):
             self._update(gradients)
         self._front.finish()
+        if closure is not None and random is not None:
+            self._adapt(closure, loss, before, random)
         return loss
 
     def _note_scale(self, scale: Tensor | None) -> None:
@@ -308,6 +322,21 @@ class GRNG(AttachedOptimizer):
             self._made = torch.nan_to_num(torch.stack([square_norm, length.to(square_norm)]).double())
         return directions, scale, square_norm, ok
 
+    def _adapt(self, closure: Callable[[], Any], loss: Any, before: Gradients, random: RandomState) -> None:
+        """Compare how the step from `before` changed the loss with how its quadratic model says it should have."""
+        again = self._front.evaluate_again(closure, random)
+        with torch.no_grad(), full_precision(self._device):
+            start, end = (torch.as_tensor(value).to(self._damping.one) for value in (loss, again))
+            actual = torch.where(start.isfinite(), end - start, 0.0)  # of a step that was left out
+            if self._capture.processes is not None:
+                self._capture.processes.average_([actual])
+            precision = self._curvature.factor_dtype
+            moved = {p: p.detach().to(precision(p)) - w.to(precision(p)) for p, w in before.items()}
+            linear = [torch.sum(p.grad * delta) for p, delta in moved.items() if p.grad is not None]
+            stacks = self._stack(self._taking(moved), moved, torch.ones_like(actual, dtype=torch.bool))
+            quadratic = inner(stacks, self._preconditioner.curvature_product(stacks)) if stacks else actual.new_zeros(1)
+            self._damping.adapt(actual, torch.stack(linear).sum() + quadratic.sum() / 2)
+
     def _decompose(self) -> bool:
         """Whether decompositions are due: early on at steps 0, 1, 2, 4, 8, ..., when the averages change most; then at
         the first step with statistics in every period."""
@@ -360,12 +389,7 @@ class GRNG(AttachedOptimizer):
 
     def _precondition(self, gradients: Gradients, square_norm: Tensor, ok: Tensor) -> tuple[Gradients, Tensor]:
         """Directions of the layers that are measured and take part, and the trust region's nu."""
-        measured = self._current if self._preconditioner.every_step else self._observed
-        taking = [
-            layer
-            for layer in self._layers
-            if layer.active and layer in measured and any(p in gradients for p in layer.parameters)
-        ]
+        taking = self._taking(gradients)
         if not taking:
             return {}, torch.ones((), dtype=torch.float64, device=self._device)
         stacks = self._stack(taking, gradients, ok)
@@ -389,6 +413,15 @@ class GRNG(AttachedOptimizer):
             p: D for layer in taking for p, D in layer.views(found[layer.group][layer.slots]) if p in gradients
         }
         return directions, scale
+
+    def _taking(self, gradients: Gradients) -> list[Layer]:
+        """The layers that are measured and take part."""
+        measured = self._current if self._preconditioner.every_step else self._observed
+        return [
+            layer
+            for layer in self._layers
+            if layer.active and layer in measured and any(p in gradients for p in layer.parameters)
+        ]
 
     def _stack(self, taking: list[Layer], gradients: Gradients, ok: Tensor) -> list[Tensor]:
         """Gradients as stacks (k, n_out, n_in), one a group; zero for layers that take no part."""

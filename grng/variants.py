@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from grng.curvature import Curvature
+from grng.curvature.config import LEVENBERG_MARQUARDT
 from grng.errors import invalid, unknown
 from grng.preconditioners import Preconditioner
 
@@ -78,9 +79,18 @@ def resolved_scale(curvature: Curvature, parts: Variant, method: Preconditioner,
     """What "auto" means for the damping's scale: a layer's own, unless a damping of all layers is given as a number."""
     known = type(method).scales is not Preconditioner.scales
     if curvature.relative_to == "auto":
-        given = curvature.damping is not None or (parts.regularization == "damping" and rho not in ("auto", 0))
+        given = curvature.lam0 is not None or (parts.regularization == "damping" and rho not in ("auto", 0))
         return "layer" if parts.layerwise and known and not given else "model"
     if curvature.relative_to == "layer" and not known:
         remedy = "It knows no curvature of a layer."
         raise invalid("relative_to", "layer", f"'model' with preconditioner {method.name!r}", remedy)
     return curvature.relative_to
+
+
+def check_adaptive(parts: Variant, method: Preconditioner) -> None:
+    """Refuse damping by the reduction of the loss where there is no damping, or no quadratic model."""
+    remedy = "It compares the loss with the model that F makes of it."
+    if parts.floor == 0:
+        raise invalid("damping", LEVENBERG_MARQUARDT, "a number or None for a variant without a floor", remedy)
+    if type(method).curvature_product is Preconditioner.curvature_product:
+        raise invalid("damping", LEVENBERG_MARQUARDT, f"a number or None with preconditioner {method.name!r}", remedy)

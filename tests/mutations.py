@@ -73,6 +73,20 @@ MUTATIONS = (
         "tests/optimizer/test_first_step.py -k first_direction",
     ),
     Mutation(
+        "the quadratic model of the loss",
+        "grng/optimizer.py",
+        "torch.stack(linear).sum() + quadratic.sum() / 2",
+        "torch.stack(linear).sum() + quadratic.sum()",
+        "tests/optimizer/test_levenberg.py -k 'quadratic or dense'",
+    ),
+    Mutation(
+        "damping by the reduction of the loss",
+        "grng/damping.py",
+        "better = descent & (ratio > 0.75)",
+        "better = descent & (ratio < 0.75)",
+        "tests/optimizer/test_levenberg.py -k rule",
+    ),
+    Mutation(
         "trust region",
         "grng/region.py",
         ".sqrt().clamp(max=1)",

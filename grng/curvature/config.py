@@ -13,6 +13,9 @@ LIKELIHOODS = ("auto", "categorical", "bernoulli", "gaussian")
 ENGINES = ("auto", "backpack", "hooks")
 SHARINGS = ("expand", "reduce")
 SCALES = ("auto", "model", "layer")
+LEVENBERG_MARQUARDT = "levenberg-marquardt"
+# Settings that are a positive number, None, or a word.
+WORDS = {"damping": LEVENBERG_MARQUARDT, "kl_clip": "auto", "step_clip": "auto", "loss_scale": "sum"}
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,10 @@ class Curvature:
         inverse_every: steps between decompositions or inverses; None: between one and ten times `stats_every`, so that
             by counts of operations they take about a quarter as long as the gradients meanwhile.
         burn_in: statistics and decompositions at every one of the first steps.
-        damping: the floor lam0; None: relative to the largest eigenvalue that F has had.
-        floor: lam0 in those units, where damping is None; None: the variant's own.
+        damping: the floor lam0; None: relative to the largest eigenvalue that F has had. `"levenberg-marquardt"`: that
+            times a factor which follows how well the quadratic model foretold what steps did to the loss (Martens &
+            Grosse 2015); it needs `step(closure)`, and every fifth step calls the closure a second time.
+        floor: lam0 in those units, where damping is no number; None: the variant's own.
         kl_clip: kappa of the trust region nu = min(1, sqrt(kappa / (n lr^2 D^T (F + lam I) D))), in nats a sample; n is
             the number of elements of a sample's output under a Bernoulli or Gaussian likelihood, 1 under a categorical
             one (nats a class). None or "auto": no such region.
@@ -69,7 +74,7 @@ class Curvature:
     stats_every: int = 10
     inverse_every: int | None = None
     burn_in: int = 10
-    damping: float | None = None
+    damping: float | Literal["levenberg-marquardt"] | None = None
     floor: float | None = None
     kl_clip: float | Literal["auto"] | None = "auto"
     step_clip: float | Literal["auto"] | None = "auto"
@@ -98,21 +103,30 @@ class Curvature:
                 raise invalid(name, value, "a whole number of steps, at least 1")
         if not isinstance(self.burn_in, int) or self.burn_in < 0:
             raise invalid("burn_in", self.burn_in, "a whole number of steps, at least 0")
-        for name in ("damping", "kl_clip", "step_clip", "loss_scale"):
+        for name, word in WORDS.items():
             value = getattr(self, name)
-            word = {"loss_scale": "sum", "kl_clip": "auto", "step_clip": "auto"}.get(name)
             if value is None or value == word:
                 continue
             if not (finite(value) and value > 0):
-                raise invalid(name, value, "a finite number > 0, or None" + (f', or "{word}"' if word else ""))
+                raise invalid(name, value, f'a finite number > 0, or None, or "{word}"')
         if self.floor is not None:
-            if self.damping is not None:
+            if self.lam0 is not None:
                 raise invalid("floor", self.floor, f"None with damping={self.damping!r}", "Both set lam0.")
             if not (finite(self.floor) and self.floor >= 0):
                 raise invalid("floor", self.floor, "a finite number >= 0, or None")
         check_noise(self.noise)
         if self.dtype not in (None, torch.float32, torch.float64):
             raise invalid("dtype", self.dtype, "torch.float32, torch.float64 or None", "Half precision loses factors.")
+
+    @property
+    def lam0(self) -> float | None:
+        """The damping, where it is a number."""
+        return None if isinstance(self.damping, str) else self.damping
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the damping follows the reduction of the loss."""
+        return self.damping == LEVENBERG_MARQUARDT
 
     def factor_dtype(self, parameter: torch.Tensor) -> torch.dtype:
         if self.dtype is not None:

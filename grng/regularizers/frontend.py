@@ -242,6 +242,24 @@ class FrontEnd:
         self._plain = {}
         return results[0], combined
 
+    def evaluate_again(self, closure: Closure, random: RandomState) -> Any:
+        """What the closure returns by now, with the random numbers from `random` on; gradients, buffers and random
+        numbers are afterwards what they were."""
+        params = [p for group in self._groups() for p in group["params"]]
+        gradients = {p: p.grad for p in params}
+        _clear(params)
+        try:
+            with (
+                self._paused(),
+                kept_buffers(self._model()),
+                same_random_numbers(random, params),
+                torch.enable_grad(),
+            ):
+                return closure()
+        finally:
+            for p, gradient in gradients.items():
+                p.grad = gradient
+
     # The step.
 
     def transform(self, gradients: ByParameter) -> ByParameter:

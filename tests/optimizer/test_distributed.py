@@ -148,6 +148,13 @@ def grng(method: str, fisher: str = "mc", **settings: Any) -> Callable[[nn.Modul
     return make
 
 
+def followed(model: nn.Module) -> GRNG:
+    """Damped by the reduction of the loss, which every second step looks at."""
+    optimizer = GRNG(model, "kfac", lr=1.0, curvature=Curvature("exact", damping="levenberg-marquardt", stats_every=2))
+    optimizer._damping.every = 2
+    return optimizer
+
+
 def sgd(rule: Any) -> Callable[[nn.Module], Regularized]:
     return lambda model: Regularized(torch.optim.SGD(model.parameters(), lr=0.1), rule, model=model)
 
@@ -216,6 +223,7 @@ ROWS = {
     "ring-switches": Row(grng("ring"), loss=switches),
     "ring-layers": Row(grng("ring", norm="layer")),
     "ring-chosen-period": Row(grng("ring", inverse_every=None)),
+    "kfac-followed": Row(followed, sizes=SIZES),
     "ring-rms": Row(grng("ring", preconditioner=RMS()), sizes=SIZES),
     "ring-gnp": Row(grng("ring", regularizer=GNP(0.1))),
     "ring-smoothed-there": Row(grng("ring"), odd=smoothed, equal=False, sizes=SIZES),
@@ -226,7 +234,7 @@ ROWS = {
     "sophia-g": Row(lambda model: SophiaG(model, lr=0.01, interval=2)),
     "sophia-h": Row(lambda model: SophiaH(model.parameters(), lr=0.01, interval=2)),
 }
-TRAVELLING = ("ring", "reng-double", "kalman-vd", "ekfac", "ring-gnp", "kalman-values")
+TRAVELLING = ("ring", "kfac-followed", "reng-double", "kalman-vd", "ekfac", "ring-gnp", "kalman-values")
 BY_NAME = ("reng-double", "kalman-values")  # those of them that go by torch.distributed.checkpoint too
 
 
