@@ -98,6 +98,7 @@ class Supervised(Task):
         measure: metrics, other than the loss, of outputs and targets: means over samples.
         batch_size: samples a step; the few of an incomplete batch wait for another epoch.
         prepare: applied to the inputs of a training batch, as augmentation is.
+        reshuffle: whether every epoch has batches of its own.
     """
 
     splits: dict[str, tuple[Tensor, Tensor]]
@@ -108,6 +109,7 @@ class Supervised(Task):
     prepare: Callable[[Tensor], Tensor] | None = None
     fingerprint: str = ""
     finish: Callable[[dict[str, float]], dict[str, float]] = field(default=lambda found: found)
+    reshuffle: bool = True
 
     evaluation_batch: ClassVar[int] = EVALUATION_BATCH
 
@@ -116,7 +118,7 @@ class Supervised(Task):
 
     def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         x, y = self.splits["train"]
-        for chosen in index_batches(len(x), self.batch_size, seed, x.device):
+        for chosen in index_batches(len(x), self.batch_size, seed, x.device, self.reshuffle):
             inputs = x[chosen]
             yield inputs if self.prepare is None else self.prepare(inputs), y[chosen]
 
@@ -139,12 +141,15 @@ class Supervised(Task):
         return self.finish({name: (value / len(x)).item() for name, value in sums.items()})
 
 
-def index_batches(samples: int, batch: int, seed: int, device: torch.device) -> Iterator[Tensor]:
-    """Indices of batches, epoch after epoch without end, by a generator of their own."""
+def index_batches(
+    samples: int, batch: int, seed: int, device: torch.device, reshuffle: bool = True
+) -> Iterator[Tensor]:
+    """Indices of batches, epoch after epoch without end, by a generator of their own; those of the first epoch again
+    and again without `reshuffle`."""
     if samples < batch:
         raise InputError(f"a batch of {batch} samples out of {samples}: give more data")
     for epoch in count():
-        yield from epoch_batches(samples, batch, seed, epoch).to(device)
+        yield from epoch_batches(samples, batch, seed, epoch if reshuffle else 0).to(device)
 
 
 def classification(output: Tensor, targets: Tensor) -> dict[str, Tensor]:

@@ -165,6 +165,17 @@ def test_the_same_seed_makes_the_same_batches(root, load):
     assert not torch.equal(batches(1)[0], batches(2)[0])
 
 
+@pytest.mark.parametrize("load", [deepobs.load_fmnist, deepobs.load_cifar10])
+def test_every_epoch_has_the_same_batches(root, load):
+    """200 samples are one batch of 128 an epoch: its labels, as CIFAR's images are changed each time."""
+    task = load(root, CPU)
+    first, second, third = (batch[1] for batch in islice(task.batches(0), 3))
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
+    task.reshuffle = True
+    assert not torch.equal(*(batch[1] for batch in islice(task.batches(0), 2)))
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("load", [deepobs.load_fmnist, deepobs.load_cifar10])
 def test_a_step_of_ring(root, load):
