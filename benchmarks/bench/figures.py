@@ -66,6 +66,7 @@ def times_figure(analysis: Analysis) -> Any:
     columns = min(3, len(workloads))
     rows = math.ceil(len(workloads) / columns)
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure = Figure(figsize=(10.6, rows * (1.2 + 0.2 * len(names))), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
@@ -80,6 +81,9 @@ def times_figure(analysis: Analysis) -> Any:
                 dots(axis, row, lines[name], hues[name], edge)
         axis.axvline(edge / 1.15, color="#BBBBBB", linewidth=0.8)
         axis.set(title=workload, xlabel=CLOCKS[analysis.clock], xscale="log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.set_yticks(range(len(names)), names)
         axis.grid(axis="y", visible=False)
     grid[0][0].invert_yaxis()
