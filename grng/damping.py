@@ -143,7 +143,7 @@ def adapted(factor: Tensor, actual: Tensor, predicted: Tensor, every: int = ADAP
     descent = predicted < 0
     ratio = actual / torch.where(descent, predicted, -1.0)
     worse = ~(ratio >= torch.where(descent, 0.25, 0.0)) | ratio.isinf()
-    better = descent & (ratio > 0.75) & ~worse
+    better = descent & (ratio > 0.75)
     rate = ADAPT_RATE**every
     changed = torch.where(worse, factor / rate, torch.where(better, factor * rate, factor))
     return changed.clamp(1 / ADAPT_MOST, ADAPT_MOST)

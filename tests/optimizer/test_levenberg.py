@@ -12,8 +12,8 @@ from grng import GRNG, Curvature, check
 from grng.damping import adapted
 from grng.preconditioners import KFAC
 
-from .cases import METHODS, Loss, Method, closure_of, methods, mixed, mlp, relative, stream, tensors_of, vector
-from .test_first_step import as_vector, kron, measure
+from .cases import METHODS, Loss, Method, closure_of, methods, mixed, mlp, relative, stream, tensors_of, train, vector
+from .test_first_step import as_matrices, as_vector, kron, measure
 
 LM: Any = "levenberg-marquardt"
 W = 19 / 20
@@ -84,8 +84,7 @@ def test_a_quadratic_loss_is_foretold(B: int, C: int, momentum: float, weight_de
     settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     with GRNG(model, "kfac", curvature=curvature, **settings) as optimizer:
         seen = comparisons(optimizer)
-        for _ in range(10):
-            optimizer.step(closure_of(optimizer, model, [(x, y)], mse_loss))
+        train(optimizer, model, [(x, y)] * 10, mse_loss)
         good = sum(1 if predicted < 0 else -1 for _, predicted in seen)
         assert optimizer._damping.factor.item() == pytest.approx(W ** (5 * good), rel=1e-12)
     assert len(seen) == 2
@@ -107,25 +106,15 @@ def test_against_the_dense_model(B: int, momentum: float) -> None:
             blocks = measure(model, x, y, "exact")
             optimizer._preconditioner.Lambda.decay = optimizer._preconditioner.Gamma.decay = 0.0
             before, value = vector(model), cross_entropy(model(x), y).item()
-            optimizer.step(closure_of(optimizer, model, [(x, y)]))
+            train(optimizer, model, [(x, y)])
             delta = vector(model) - before
             g = as_vector([b.gradient for b in blocks])
             F = torch.block_diag(*(kron(b) for b in blocks))
-            rows = _rows(delta, blocks)
+            rows = torch.cat([M.flatten() for M in as_matrices(delta, blocks)])
             expected = g @ delta + rows @ F @ rows / 2
             actual, predicted = seen[-1]
             assert predicted == pytest.approx(expected.item(), rel=1e-9)
             assert actual == pytest.approx(cross_entropy(model(x), y).item() - value, rel=1e-9)
-
-
-def _rows(delta: Tensor, blocks: list[Any]) -> Tensor:
-    """Parameters in their own order, (weight, bias) a layer, as matrices with the bias in the last column."""
-    parts = []
-    for b in blocks:
-        n_out, n_in = b.gradient.shape
-        weight, bias, delta = delta.split([n_out * (n_in - 1), n_out, len(delta) - n_out * n_in])
-        parts.append(torch.cat([weight.view(n_out, -1), bias[:, None]], 1).flatten())
-    return torch.cat(parts)
 
 
 class Noisy(nn.Module):
@@ -228,26 +217,21 @@ def test_resume() -> None:
     """The factor is in the checkpoint, and one without it is refused."""
     curvature = Curvature(damping=LM, stats_every=2)
     batches = stream(13)
-
-    def train(model: nn.Module, optimizer: GRNG, batches: list[Any]) -> None:
-        for batch in batches:
-            optimizer.step(closure_of(optimizer, model, [batch]))
-
     whole, first, second, plain = (mixed() for _ in range(4))
     with GRNG(whole, "kfac", curvature=curvature) as a, GRNG(first, "kfac", curvature=curvature) as b:
-        train(whole, a, batches)
-        train(first, b, batches[:7])
+        train(a, whole, batches)
+        train(b, first, batches[:7])
         saved = first.state_dict(), b.state_dict()
         assert b._damping.factor.item() != 1
         second.load_state_dict(saved[0])
         with GRNG(second, "kfac", curvature=curvature) as c:
             c.load_state_dict(saved[1])
-            train(second, c, batches[7:])
+            train(c, second, batches[7:])
             assert torch.equal(vector(whole), vector(second))
             ends = tensors_of(a), tensors_of(c)
             assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     with GRNG(plain, "kfac") as without, GRNG(mixed(), "kfac", curvature=curvature) as other:
-        train(plain, without, batches[:2])
+        train(without, plain, batches[:2])
         with pytest.raises(ValueError, match="grng_damping_factor"):
             other.load_state_dict(without.state_dict())
 
@@ -282,8 +266,7 @@ def test_a_step_left_out_says_nothing() -> None:
     model = mixed()
     with GRNG(model, "kfac", curvature=Curvature(damping=LM)) as optimizer:
         seen = comparisons(optimizer)
-        for batch in batches:
-            optimizer.step(closure_of(optimizer, model, [batch]))
+        train(optimizer, model, batches)
         assert len(seen) == 1
         assert optimizer._damping.factor.item() == 1
 
@@ -317,7 +300,7 @@ def test_with_a_floor_and_check(solver: str) -> None:
     model = mixed()
     curvature = Curvature(damping=LM, floor=0.3)
     with GRNG(model, "kfac", preconditioner=KFAC(solver), curvature=curvature) as optimizer:
-        optimizer.step(closure_of(optimizer, model, stream(1)))
+        train(optimizer, model, stream(1))
         assert optimizer._damping.floor.item() == pytest.approx(0.3 * optimizer._damping.largest.item())
     found = check(mixed(), stream(1)[0][0], variants=["kfac"], curvature=curvature)
     assert found.ok, found
