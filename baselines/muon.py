@@ -1,5 +1,6 @@
 """torch.optim.Muon with the AdamW that it needs beside it."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +16,9 @@ from .common import evaluated
 class Muon(StrictOptimizer):
     """torch.optim.Muon for hidden weights and AdamW for all other parameters, as one optimizer.
 
-    Hidden are the weights of Linear layers, but for that of the last one; embeddings, convolutions (torch's Muon takes
-    matrices only), biases and norms are AdamW's. Muon's update is scaled to AdamW's size (adjust_lr_fn
-    "match_rms_adamw"), so that one learning rate and one weight decay serve both.
+    Hidden are the weights of Linear layers but for the last, and of convolutions but for the first, these as matrices
+    (outputs, everything else); embeddings, biases, norms and what else there is are AdamW's. Muon's update is scaled to
+    AdamW's size (adjust_lr_fn "match_rms_adamw"), so that one learning rate and one weight decay serve both.
 
     Rules: Jordan et al. 2024 and torch's own; Liu et al. 2025 (arXiv 2502.16982) for the scale.
 
@@ -44,8 +45,9 @@ class Muon(StrictOptimizer):
         adjust_lr_fn: str = "match_rms_adamw",
     ) -> None:
         linear = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+        kernels = [m.weight for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
         embedded = {m.weight for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
-        hidden = set(linear[:-1]) - set(linear[-1:]) - embedded
+        hidden = {*linear[:-1], *kernels[1:]} - {*linear[-1:], *kernels[:1]} - embedded
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
             raise ValueError(f"{type(model).__name__} has no trainable parameter: unfreeze one")
@@ -54,7 +56,9 @@ class Muon(StrictOptimizer):
         self._parts: list[Optimizer] = []
         if chosen:
             settings = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "adjust_lr_fn": adjust_lr_fn}
-            self._parts.append(torch.optim.Muon(chosen, **settings))  # type: ignore[arg-type]
+            part = torch.optim.Muon([p.detach().flatten(1) for p in chosen], **settings)  # type: ignore[arg-type]
+            part.param_groups[0]["params"] = chosen
+            self._parts.append(part)
         if others:
             self._parts.append(torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay, betas=betas))
         super().__init__([group for part in self._parts for group in part.param_groups], {})
@@ -84,5 +88,23 @@ class Muon(StrictOptimizer):
         """One update; returns what the closure returned."""
         loss = evaluated(closure)
         for part in self._parts:
-            bare_step(part)
+            if isinstance(part, torch.optim.Muon):
+                self._step_as_matrices(part)
+            else:
+                bare_step(part)
         return loss
+
+    def _step_as_matrices(self, part: torch.optim.Muon) -> None:
+        """Muon's step on (outputs, everything else) of each weight: torch's takes nothing but matrices."""
+        (group,) = part.param_groups
+        matrices = {p: p.detach().flatten(1) for p in group["params"] if p.grad is not None}
+        for p, matrix in matrices.items():
+            matrix.grad = p.grad.flatten(1)
+        part.param_groups = [{**group, "params": list(matrices.values())}]
+        part.state = defaultdict(dict, {m: self.state[p] for p, m in matrices.items() if p in self.state})
+        bare_step(part)
+        for p, matrix in matrices.items():
+            self.state[p] = part.state[matrix]
+            if matrix.data_ptr() != p.data_ptr():  # flattened by copying, as of channels_last
+                p.copy_(matrix.view_as(p))
+        self._link()

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cache
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -164,6 +166,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "grng": version("grng"),
+        "source": source_hash(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
@@ -173,6 +176,17 @@ def environment(device: torch.device) -> dict[str, Any]:
         "tf32": torch.backends.cuda.matmul.allow_tf32,
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
     }
+
+
+@cache
+def source_hash() -> str:
+    """Hash of the code of the optimizers and the workloads, which one version number does not tell apart."""
+    files = {}
+    for part in ("grng", "grng.kernels", "grng.baselines", "grng.benchmarks.workloads", "grng.benchmarks.networks"):
+        folder = Path(import_module(part).__path__[0])
+        files |= {(part.replace(".", "/"), *file.relative_to(folder).parts): file for file in folder.rglob("*.py")}
+    code = {"/".join(name): file.read_text("utf-8") for name, file in files.items() if "benchmarks" not in name}
+    return hash_of(code)
 
 
 def processor() -> str:

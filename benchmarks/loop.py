@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-WARM_UP_STEPS = 3
+from .statistics import present
+
+WARM_UP_STEPS = 12  # past the first of what is done every tenth step: estimates, decompositions
 
 Loss = Callable[[nn.Module, Any], Tensor]  # of the model and a batch
 
@@ -115,6 +117,7 @@ class Trace:
         seconds, cpu_seconds: of the wall and of this process, all threads together.
         gradient_seconds: of the wall, in forward and backward passes.
         diverged: whether a training loss was not finite.
+        peak_memory: bytes, while the clock ran; None where nothing tells.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -123,6 +126,7 @@ class Trace:
     cpu_seconds: float = 0.0
     gradient_seconds: float = 0.0
     diverged: bool = False
+    peak_memory: int | None = None
 
 
 def fit(
@@ -144,6 +148,7 @@ def fit(
     while len(trace.losses) < steps and not trace.diverged:
         count = min(evaluate_every, steps - len(trace.losses))
         losses = torch.empty(count, device=device)
+        reset_peak_memory(device)
         clock.start()
         for i in range(count):
             losses[i] = stepper(next(batches))
@@ -151,6 +156,7 @@ def fit(
                 schedule.step()
             clock.tick()
         clock.stop(trace)
+        trace.peak_memory = max(present((trace.peak_memory, peak_memory(device))), default=None)
         trace.losses += losses.tolist()
         trace.diverged = not math.isfinite(sum(trace.losses[-count:]))
         on_evaluation(trace)

@@ -86,6 +86,19 @@ def fingerprint_of(*tensors: Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
+def made_as(path: Path, asked: Mapping[str, Any]) -> bool:
+    """Whether the run of a file is there; raise InputError where it was made otherwise than is asked for."""
+    if not path.exists():
+        return False
+    found = json.loads(path.read_text("utf-8"))
+    for key, value in asked.items():
+        if found.get(key, value) != value:
+            raise InputError(
+                f"{path} was made with {key}={found[key]!r}, not {value!r}: choose another folder with --out"
+            )
+    return True
+
+
 def storable(value: Any) -> Any:
     """`value` in what strict JSON can hold: seven digits a number, null for NaN and infinity, text for the rest."""
     if isinstance(value, Mapping):

@@ -22,8 +22,6 @@ from .loop import (
     fit,
     forked,
     make_schedule,
-    peak_memory,
-    reset_peak_memory,
     state_bytes,
     warm_up,
 )
@@ -59,7 +57,6 @@ def train(record: RunRecord, data: Dataset, device: torch.device, on_epoch: Call
     warm_up(model, make, loss, first, config["lr_schedule"], lambda model: evaluate(model, data, *some))
     torch.manual_seed(record.seed)
     gc.collect()
-    reset_peak_memory(device)
     with closing(make(model)) as optimizer:
         record.settings = as_built(record.optimizer, optimizer.defaults, given)
         stepper = Stepper(model, optimizer, loss)
@@ -77,7 +74,7 @@ def train(record: RunRecord, data: Dataset, device: torch.device, on_epoch: Call
 
         batches = in_order(epochs, data, device)
         trace = fit(stepper, schedule, batches, len(epochs) * per_epoch, per_epoch, device, epoch_ended)
-        record.peak_memory = peak_memory(device)
+        record.peak_memory = trace.peak_memory
         finish(record, stepper, trace.losses, trace.step_seconds)
         record.train_loss = evaluate(model, data, data.x_train, data.y_train)[0]
 

@@ -6,6 +6,7 @@ the Laplace approximation's prior comes from its marginal likelihood, IVON's fro
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,7 +19,7 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from .data import Dataset, hold_out, load_data, load_shifted
 from .errors import InputError
-from .records import write_atomically
+from .records import made_as, write_atomically
 from .uci import Method, spread_of
 
 Predict = Callable[[Tensor], Tensor]  # images -> probabilities
@@ -174,7 +175,7 @@ def run_method(which: str, data: Dataset, foreign: Tensor, epochs: int, seeds: i
         torch.manual_seed(0)
         for name, predict in method.fit(_job(held, epochs), **settings).items():
             score = -measures(_probabilities(predict, held.x_test.flatten(1)), held.y_test)["NLL"]
-            if best is None or score > best[0]:
+            if math.isfinite(score) and (best is None or score > best[0]):
                 best = score, settings, name
     if best is None:
         raise RuntimeError("every trial diverged")
@@ -185,7 +186,7 @@ def run_method(which: str, data: Dataset, foreign: Tensor, epochs: int, seeds: i
         predict = method.fit(_job(data, epochs), **best[1])[best[2]]
         inside, outside = (_probabilities(predict, x.flatten(1)) for x in (data.x_test, foreign))
         runs.append({**measures(inside, data.y_test), "AUROC": unlike(inside, outside)})
-    return {"method": which, "epochs": epochs, "settings": best[1], "predictor": best[2], "runs": runs}
+    return {"method": which, "settings": best[1], "predictor": best[2], "runs": runs}
 
 
 def shift(
@@ -203,10 +204,12 @@ def shift(
     if inside.metric != "accuracy":
         raise InputError(f"{data} is regressed on: give a data set with classes")
     (out / "runs").mkdir(parents=True, exist_ok=True)
+    asked = {"data": data, "other": other, "epochs": epochs, "seeds": seeds}
     for which in methods:
         path = out / "runs" / f"{which}.json"
-        if not path.exists():
-            write_atomically(path, json.dumps(run_method(which, inside, foreign, epochs, seeds, say)))
+        if not made_as(path, asked):
+            found = run_method(which, inside, foreign, epochs, seeds, say)
+            write_atomically(path, json.dumps(asked | found))
     text = report(out)
     write_atomically(out / "table.md", text)
     return text

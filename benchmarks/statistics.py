@@ -7,11 +7,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 Times = Mapping[str, Mapping[str, float]]  # workload -> optimizer -> time
 
+FEWEST_PAIRS = 6  # that can differ at 95 %: five of five alike happen by chance in one case of sixteen
+SIGNED: Any = {"posinf": math.inf, "neginf": -math.inf}
 MOST = 4.0  # an optimizer that takes longer than so many times the fastest's time gets no credit for a workload
 
 
@@ -96,10 +98,12 @@ class Ratio:
 
     @property
     def differs(self) -> bool:
-        """Whether the interval leaves out 1."""
-        return not self.low <= 1 <= self.high
+        """Whether the interval leaves out 1 and is one of enough pairs."""
+        return self.pairs >= FEWEST_PAIRS and not self.low <= 1 <= self.high
 
     def __str__(self) -> str:
+        if self.pairs < FEWEST_PAIRS:
+            return f"{self.median:.2f}: too few pairs"
         shown = f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
         return shown if self.differs else f"{shown}: no difference shown"
 
@@ -108,9 +112,12 @@ def paired_ratio(own: Sequence[float], theirs: Sequence[float], level: float = 0
     """The median of own/theirs over pairs (one seed each), with a percentile bootstrap over the pairs of the logs.
 
     A pair in which one misses the target counts as an infinite ratio, or as zero; where both miss it says nothing.
+    Exchanged, the two have the reciprocal ratio.
 
-    >>> print(paired_ratio([1.0, 1.1, 0.9, 1.0], [2.0, 2.0, 2.0, 2.0]))
+    >>> print(paired_ratio([1.0, 1.1, 0.9, 1.0, 1.1, 1.0], [2.0] * 6))
     0.50 (0.45 to 0.55)
+    >>> print(paired_ratio([1.0, 1.1, math.inf], [2.0, 2.0, math.inf]))
+    0.52: too few pairs
 
     Raises:
         ValueError: the sequences differ in length, or no pair decides.
@@ -124,9 +131,10 @@ def paired_ratio(own: Sequence[float], theirs: Sequence[float], level: float = 0
         raise ValueError("both missed the target with every seed: there is no ratio")
     logs = np.array([-math.inf if b == math.inf else math.inf if a == math.inf else math.log(a / b) for a, b in pairs])
     drawn = np.random.default_rng(seed).integers(len(logs), size=(10_000, len(logs)))
-    # The lower of two middle values, since the mean of two infinities of unlike sign is none.
-    medians = np.quantile(logs[drawn], 0.5, axis=1, method="lower")
-    low, high = np.quantile(medians, [(1 - level) / 2, (1 + level) / 2], method="nearest")
-    middle = np.median(logs) if np.isfinite(logs).all() else np.quantile(logs, 0.5, method="lower")
+    with np.errstate(invalid="ignore"):
+        # Where the middle two are infinite and of unlike sign, each was ahead in half of the pairs.
+        middle, medians = (np.nan_to_num(np.median(x, axis=-1), nan=0.0, **SIGNED) for x in (logs, logs[drawn]))
+    low = np.quantile(medians, (1 - level) / 2, method="lower")
+    high = np.quantile(medians, (1 + level) / 2, method="higher")
     middle, low, high = (float(np.exp(x)) for x in (middle, low, high))
     return Ratio(middle, low, high, len(pairs), len(own) - len(pairs))

@@ -23,7 +23,7 @@ from torch.nn.functional import mse_loss
 
 from .data import data_root
 from .errors import InputError
-from .records import write_atomically
+from .records import made_as, write_atomically
 
 Predict = Callable[[Tensor], tuple[Tensor, Tensor]]  # x -> mean and the model's own variance
 PUBLISHED = "summary_and_mc_dropout_results.csv"
@@ -234,7 +234,7 @@ def _choose(method: Method, folds: Sequence[Split], hidden: int, epochs: int) ->
             continue
         for density in densities:
             score = fmean(density.score(mean, variance, residual, y) for (mean, variance, residual), y in runs)
-            if best is None or score > best[2]:
+            if math.isfinite(score) and (best is None or score > best[2]):
                 best = settings, density, score
     if best is None:
         raise RuntimeError("every trial diverged")
@@ -271,7 +271,7 @@ def run_method(folder: Path, name: str, which: str, epochs: int, splits: int, sa
         f"{name}, {which}: RMSE {fmean(r['rmse'] for r in rows):.4f}, LL {fmean(r['log_likelihood'] for r in rows):.4f}"
     )
     return {
-        **{"dataset": name, "method": which, "epochs": epochs, "settings": settings, "rows": rows},
+        **{"dataset": name, "method": which, "epochs": epochs, "splits": splits, "settings": settings, "rows": rows},
         **{"temperature": density.temperature, "factor": density.factor, "trials": len(method.trials)},
     }
 
@@ -298,9 +298,8 @@ def uci(
     for name in datasets:
         for which in methods:
             path = out / "runs" / f"{name}-{which}.json"
-            if path.exists():
-                continue
-            write_atomically(path, json.dumps(run_method(folder, name, which, epochs, splits, say)))
+            if not made_as(path, {"epochs": epochs, "splits": splits}):
+                write_atomically(path, json.dumps(run_method(folder, name, which, epochs, splits, say)))
     return report(out, folder)
 
 

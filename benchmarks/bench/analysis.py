@@ -7,10 +7,11 @@ from functools import cached_property
 from statistics import fmean, median, stdev
 from typing import Any
 
-from ..names import ordered
+from ..errors import InputError
+from ..names import base_of, ordered
 from ..statistics import Ratio, interquartile_mean, paired_ratio, present, scores, study_time
 from .protocol import TARGET_STUDY
-from .spaces import OURS, TWINS
+from .spaces import OURS, SETTERS, TWINS
 from .targets import Target
 from .trial import Outcome
 
@@ -26,8 +27,10 @@ class Line:
         times: to the target, seed by seed; inf where it was missed.
         steps_to, evaluations_to: the medians of steps and of gradient evaluations to the target.
         best, test: mean and deviation over the seeds of the best validation value and of the test's.
-        equal_time, equal_steps: the median of the best value up to the time, and the steps, at which the first
-            optimizer of the workload had ended.
+        scored, tested: how many seeds have one; a run that failed has neither, one that diverged no test.
+        equal_time, equal_steps: the median of the best value up to the time, and the steps, at which the first run
+            of the workload that came to its end had done so.
+        at_once: whether the median run was at the target when it was first evaluated, so that its time is a bound.
         step: medians over the seeds of the step's split, in seconds.
         tuning: what its search cost, in the units of the clock; None without one.
         diagnosis: medians of what was measured beside the runs.
@@ -43,10 +46,13 @@ class Line:
     evaluations_to: float
     best: tuple[float, float] | None
     test: tuple[float, float] | None
+    scored: int
+    tested: int
     test_loss: float | None
     brier: float | None
     equal_time: float | None
     equal_steps: float | None
+    at_once: bool
     step: dict[str, float]
     step_ratio: float | None = None
     peak_memory: int | None = None
@@ -103,9 +109,11 @@ class Analysis:
         return (line.time, sign * line.best[0] if line.best else math.inf)
 
     def times(self) -> dict[str, dict[str, float]]:
-        """Median times to target, by workload and optimizer, of those that ran on every workload."""
+        """Median times to target, by workload and optimizer, of those that ran on every workload and searched alike."""
         everywhere = [
-            o for o in self.optimizers if sum(line.optimizer == o for line in self.lines) == len(self.workloads)
+            o
+            for o in self.optimizers
+            if o not in SETTERS and sum(line.optimizer == o for line in self.lines) == len(self.workloads)
         ]
         return {
             w: {line.optimizer: line.time for line in self.lines if line.workload == w and line.optimizer in everywhere}
@@ -119,8 +127,10 @@ class Analysis:
         return dict(sorted(scores(times).items(), key=lambda pair: -pair[1])) if times else {}
 
     def tuned_scores(self) -> dict[str, float]:
-        """AlgoPerf's score proper: of the studies, each as fast as its fastest trial."""
-        times = {w: row for w, row in self.tuned.items() if any(t < math.inf for t in row.values())}
+        """AlgoPerf's score proper, of who searched everywhere: of the studies, each as fast as its fastest trial."""
+        everywhere = set.intersection(*(set(row) for row in self.tuned.values())) if self.tuned else set()
+        kept = {w: {name: t for name, t in row.items() if name in everywhere} for w, row in self.tuned.items()}
+        times = {w: row for w, row in kept.items() if any(t < math.inf for t in row.values())}
         return dict(sorted(scores(times).items(), key=lambda pair: -pair[1])) if times else {}
 
     def against_rivals(self) -> list[Comparison]:
@@ -129,13 +139,13 @@ class Analysis:
 
     def _fastest_pair(self, workload: str) -> Comparison | None:
         lines = self.lines_of(workload)
-        ours = [line for line in lines if line.optimizer in OURS]
+        ours = [line for line in lines if is_ours(line.optimizer)]
         rivals = [line for line in lines if line.optimizer in self.rivals]
         return compared(ours[0], rivals[0]) if ours and rivals else None
 
     @property
     def rivals(self) -> list[str]:
-        return [name for name in self.optimizers if name not in (*OURS, *ABLATIONS)]
+        return [name for name in self.optimizers if not is_ours(name) and name not in ABLATIONS]
 
     def ahead(self, own: str, other: str) -> tuple[int, int]:
         """On how many workloads with a target `own` is ahead of `other`, and on how many they both ran: by the median
@@ -167,12 +177,13 @@ def analyse(outcomes: Sequence[Outcome], targets: Mapping[str, Target], clock: s
     lines = []
     for workload in dict.fromkeys(o.workload for o in runs):
         own = [o for o in runs if o.workload == workload]
-        usable = [o for o in own if o.status != "failed" and o.rows]
+        ended = [o for o in own if o.status == "finished" and o.rows]
         common = {
-            key: min((max(row[key] for row in o.rows) for o in usable), default=math.inf) for key in (clock, "step")
+            key: min((max(row[key] for row in o.rows) for o in ended), default=math.inf) for key in (clock, "step")
         }
         for name in ordered(o.optimizer for o in own):
             seeds = sorted((o for o in own if o.optimizer == name), key=lambda o: o.seed)
+            check_alike(seeds)
             cost = [o for o in trials if o.workload == workload and o.optimizer == name]
             lines.append(line_of(seeds, known.get(workload), clock, common, cost))
         reference = next(
@@ -192,6 +203,20 @@ def analyse(outcomes: Sequence[Outcome], targets: Mapping[str, Target], clock: s
         if any(o.workload == workload for o in trials)
     }
     return Analysis(clock, known, lines, tuned, list(outcomes))
+
+
+def check_alike(runs: Sequence[Outcome]) -> None:
+    """Raise InputError unless the seeds of a line have the same settings and length."""
+    kinds: dict[str, list[int]] = {}
+    for o in runs:
+        kind = str({key: o.trial[key] for key in ("settings", "horizon", "budget", "lr_warmup")})
+        kinds.setdefault(kind, []).append(o.seed)
+    if len(kinds) > 1:
+        shown = "; ".join(f"seeds {', '.join(map(str, seeds))} with {kind}" for kind, seeds in kinds.items())
+        raise InputError(
+            f"the runs of {runs[0].optimizer!r} on {runs[0].workload!r} do not belong together ({shown}): run all "
+            "seeds alike, or give each setting a folder or a name of its own, OPTIMIZER/LABEL"
+        )
 
 
 def studies_of(trials: Sequence[Outcome], target: Target, clock: str) -> list[list[float]]:
@@ -218,10 +243,13 @@ def line_of(
         evaluations_to=median(o.time_to(goal, "evaluations") for o in runs),
         best=spread(o.best() for o in usable),
         test=spread(value),
+        scored=len(present(o.best() for o in usable)),
+        tested=len(present(value)),
         test_loss=middle(o.test.get("loss") for o in usable),
         brier=middle(o.test.get("brier") for o in usable),
-        equal_time=middle(best_until(o, clock, common[clock]) for o in usable),
-        equal_steps=middle(best_until(o, "step", common["step"]) for o in usable),
+        equal_time=middle_run(runs, clock, common),
+        equal_steps=middle_run(runs, "step", common),
+        at_once=2 * sum(o.time_to(goal, "step") == o.rows[0]["step"] for o in usable) > len(runs),
         step={key: median(o.step_seconds[key] for o in usable) for key in usable[0].step_seconds} if usable else {},
         peak_memory=max((o.peak_memory for o in usable if o.peak_memory), default=None),
         state_bytes=max((o.state_bytes for o in usable), default=0),
@@ -242,6 +270,14 @@ def best_until(outcome: Outcome, clock: str, limit: float) -> float | None:
     pairs = zip(outcome.rows, outcome.values(outcome.metric), strict=True)
     known = [value for row, value in pairs if row[clock] <= limit and not math.isnan(value)]
     return (max if outcome.goal == "max" else min)(known, default=None)
+
+
+def middle_run(runs: Sequence[Outcome], clock: str, common: Mapping[str, float]) -> float | None:
+    """The median over all seeds of the best value until then; a seed without any counts as the worst."""
+    worst = -math.inf if runs[0].goal == "max" else math.inf
+    values = [best_until(o, clock, common[clock]) if o.status != "failed" else None for o in runs]
+    found = median(worst if value is None else value for value in values)
+    return found if math.isfinite(found) else None
 
 
 def diagnosis_of(runs: Sequence[Outcome]) -> dict[str, float]:
@@ -271,6 +307,11 @@ def iqm_of(lines: Iterable[Line], fastest: Mapping[str, float]) -> float:
     the most that is given credit for, four."""
     values = [min(4.0, time / fastest[line.workload]) for line in lines for time in line.times]
     return interquartile_mean(values)
+
+
+def is_ours(name: str) -> bool:
+    """Whether it is one of our variants, under whatever label or regularizer."""
+    return base_of(name) in {base_of(own) for own in OURS} and name not in ABLATIONS
 
 
 def middle(values: Iterable[Any]) -> float | None:

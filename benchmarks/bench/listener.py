@@ -14,10 +14,11 @@ LOGS = ("tensorboard", "wandb")
 class Lines(Listener):
     """One plain line a run."""
 
-    def begin(self, runs: int, skipped: int) -> None:
+    def begin(self, runs: int, skipped: int, outdated: int = 0) -> None:
         self.runs, self.done = runs, skipped
         if skipped:
-            self.say(f"{skipped} of {runs} runs are there already")
+            older = f", {outdated} of them made by other code: give a new folder to make them anew" * bool(outdated)
+            self.say(f"{skipped} of {runs} runs are there already{older}")
 
     def run_ended(self, trial: Trial, outcome: Outcome) -> None:
         self.done += 1
@@ -30,7 +31,7 @@ class Lines(Listener):
 class Bars(Lines):
     """Two bars, runs and the present run, under the lines of the runs that ended."""
 
-    def begin(self, runs: int, skipped: int) -> None:
+    def begin(self, runs: int, skipped: int, outdated: int = 0) -> None:
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
         columns = TextColumn("{task.description:40}"), BarColumn(30), TaskProgressColumn(), TimeRemainingColumn()
@@ -38,7 +39,7 @@ class Bars(Lines):
         self.bars.start()
         self.all = self.bars.add_task("runs", total=runs, completed=skipped)
         self.one = self.bars.add_task("", total=1.0)
-        super().begin(runs, skipped)
+        super().begin(runs, skipped, outdated)
         if skipped == runs:
             self.bars.stop()
 
@@ -75,8 +76,8 @@ class Logged(Listener):
         except ImportError as error:
             raise InputError(f"--log {log} needs a package that is not installed: pip install {log}") from error
 
-    def begin(self, runs: int, skipped: int) -> None:
-        self.inner.begin(runs, skipped)
+    def begin(self, runs: int, skipped: int, outdated: int = 0) -> None:
+        self.inner.begin(runs, skipped, outdated)
 
     def run_begins(self, trial: Trial) -> None:
         self.inner.run_begins(trial)

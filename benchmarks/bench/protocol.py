@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from grng.baselines import make_optimizer
 
-from ..compare import environment, frozen_objects, threads
+from ..compare import environment, frozen_objects, source_hash, threads
 from ..config import resolve_device
 from ..errors import InputError, check_extra, choose
 from ..names import merge, optimizer_of
 from ..workloads import Task, Workload, all_workloads, find_workload
 from .roster import contestant_of
 from .search import Search
-from .spaces import ROSTER, TARGETS_BY, Contestant
+from .spaces import ROSTER, SETTERS, TARGETS_BY, Contestant
 from .store import Store
 from .targets import Target, best_trial, read_targets, target_of
 from .trial import LR_WARMUP, Outcome, Trial, run_trial
@@ -31,8 +31,8 @@ CLOCKS = ("seconds", "cpu_seconds", "step", "evaluations")
 class Listener:
     """Hears of every run; this one keeps quiet."""
 
-    def begin(self, runs: int, skipped: int) -> None:
-        """`runs` are planned, of which `skipped` are there already."""
+    def begin(self, runs: int, skipped: int, outdated: int = 0) -> None:
+        """`runs` are planned, of which `skipped` are there already, and `outdated` of these made by other code."""
 
     def run_begins(self, trial: Trial) -> None: ...
 
@@ -92,6 +92,13 @@ class Job:
             if name not in asked and name not in taken:
                 raise InputError(f"settings for {name!r}, which takes no part: choose {', '.join(taken)}")
         self.settings = {asked[name].name if name in asked else name: s for name, s in self.settings.items()}
+        for name, settings in self.settings.items():
+            horizon = settings.get("horizon", 1.0)
+            if isinstance(horizon, bool) or not isinstance(horizon, int | float) or not 0 < horizon <= 1:
+                raise InputError(
+                    f"the horizon of {name!r} is {horizon!r}: give the part of the budget after which training ends, "
+                    "above 0 and at most 1"
+                )
         self.goals = dict(self.targets) if self.targets is not None else read_targets()
         self.store = Store(self.out)
         self.store.prepare()
@@ -105,7 +112,8 @@ class Job:
     def tune(self, studies: int = 3, trials: int = 5, listener: Listener | None = None) -> list[Outcome]:
         """Search: trial by trial, study by study, workload by workload, everybody in turn."""
         plan = [(s, n) for s in range(studies) for n in range(trials)]
-        return self._search(plan, self.contestants, listener or Listener())
+        searching = [contestant for contestant in self.contestants if contestant.name not in SETTERS]
+        return self._search(plan, searching, listener or Listener())
 
     def run(self, seeds: int = 10, diagnose: bool = True, listener: Listener | None = None) -> list[Outcome]:
         """Every optimizer at its best setting, seed by seed: the same weights and batches for all."""
@@ -115,6 +123,8 @@ class Job:
             for seed in range(seeds):
                 for name in self.known:
                     for contestant in self.contestants:
+                        if contestant.name in SETTERS and not self._set_target(contestant, name):
+                            continue
                         settings, horizon = self.best(outcomes, name, contestant)
                         place: dict[str, Any] = {
                             "study": seed,
@@ -154,9 +164,13 @@ class Job:
     def best(self, outcomes: Sequence[Outcome], workload: str, contestant: Contestant) -> tuple[dict[str, Any], float]:
         """Settings and horizon for the seeds: given ones, else the best of the search, else the defaults.
 
-        The best reached the target first; where none did, it came to the best value.
+        The best reached the target first; where none did, it came to the best value. Trials of another length do not
+        count. Who set the target has the settings that it did so with.
         """
         given, horizon = self._given(contestant)
+        length = self.budget, self.lr_warmup
+        if contestant.name in SETTERS:
+            return merge(self.goals[workload].settings, given), horizon or 1.0
         tuned = [
             o
             for o in outcomes
@@ -165,10 +179,20 @@ class Job:
             and o.trial["phase"] == "tune"
             and o.trial["study"] != TARGET_STUDY
         ]
-        chosen = best_of(tuned, self.target(workload), self.clock)
+        alike = [o for o in tuned if (o.trial["budget"], o.trial["lr_warmup"]) == length]
+        chosen = best_of(alike, self.target(workload), self.clock)
+        if tuned and chosen is None and not given:
+            raise InputError(
+                f"{self.store.out} holds a search of {contestant.name!r} on {workload!r} at another length than budget "
+                f"{self.budget:g} and lr_warmup {self.lr_warmup:g}: search at this one, or give settings"
+            )
         if chosen is None or given:
             return merge(contestant.settings({})[0], given), horizon or 1.0
         return dict(chosen.trial["settings"]), horizon or float(chosen.trial["horizon"])
+
+    def _set_target(self, contestant: Contestant, workload: str) -> bool:
+        """Whether the optimizer is the one whose setting set the workload's target."""
+        return workload in self.goals and self.goals[workload].optimizer == SETTERS[contestant.name]
 
     def _given(self, contestant: Contestant) -> tuple[dict[str, Any], float | None]:
         """The user's settings of a contestant, and its horizon."""
@@ -224,10 +248,13 @@ class Job:
             def make(plan: Sequence[Trial]) -> list[Outcome]:
                 found = {trial.key: self.store.found(trial) for trial in plan}
                 missing = [trial for trial in plan if not ended(found[trial.key])]
+                there = []
                 for trial in plan:
                     if trial not in missing and (outcome := found[trial.key]) is not None:
+                        there.append(outcome)
                         told(trial, outcome)  # unless it was, before the job was killed
-                listener.begin(len(plan), len(plan) - len(missing))
+                outdated = sum(o.environment.get("source") != source_hash() for o in there)
+                listener.begin(len(plan), len(there), outdated)
                 for name in {trial.workload for trial in missing} - tasks.keys():
                     check_packages(self.known[name])
                     tasks[name] = self.known[name].load(self.data, self.resolved)
@@ -306,4 +333,4 @@ def workloads_of(tier: str | None, names: Sequence[str]) -> list[str]:
     return [name for name, workload in all_workloads().items() if tier is None or workload.tier == tier]
 
 
-DEFAULT_OPTIMIZERS = tuple(contestant.name for contestant in ROSTER)
+DEFAULT_OPTIMIZERS = (*(contestant.name for contestant in ROSTER), *SETTERS)

@@ -13,9 +13,10 @@ from .. import pages
 from ..errors import InputError
 from ..names import flat
 from ..records import write_atomically
-from .analysis import Analysis, Comparison, analyse, iqm_of
+from .analysis import Analysis, Comparison, analyse, iqm_of, is_ours
 from .figures import CLOCKS, draw_figures
 from .landing import Published, landing_figure, landing_section
+from .protocol import TARGET_STUDY
 from .section import Section
 from .spaces import OURS
 from .store import Store
@@ -80,6 +81,7 @@ def lead(analysis: Analysis) -> str:
     places = list(made_on) if len(made_on) == 1 else [f"{m} ({', '.join(sorted(w))})" for m, w in made_on.items()]
     mixed = [w for w in data if sum(w in found for found in made_on.values()) > 1]
     changed = [w for w, found in data.items() if len(found) > 1]
+    sources = {o.environment.get("source") for o in analysis.outcomes}
     return (
         f"{len(analysis.workloads)} workloads, {len(analysis.optimizers)} optimizers: {len(trials)} trials of the "
         f"search and {len(runs)} runs on up to {seeds} paired seeds. Time is measured in {CLOCKS[analysis.clock]}; "
@@ -87,6 +89,7 @@ def lead(analysis: Analysis) -> str:
         + f" Made on several machines or with several versions, so that times do not compare: {', '.join(mixed)}."
         * bool(mixed)
         + f" Made with data that changed in between: {', '.join(changed)}." * bool(changed)
+        + f" Made by {len(sources)} states of the code of optimizers and workloads." * (len(sources) > 1)
     )
 
 
@@ -114,9 +117,11 @@ def score_section(analysis: Analysis, drawn: Sequence[str]) -> Section:
     runs, tuned = analysis.run_scores(), analysis.tuned_scores()
     times = analysis.times()
     fastest = {w: min(row.values()) for w, row in times.items() if any(t < math.inf for t in row.values())}
+    promised, kept = selection(analysis)
     rows = []
     for name in dict.fromkeys((*runs, *tuned)):
-        own = [line for line in analysis.lines if line.optimizer == name and line.workload in fastest]
+        lines = [line for line in analysis.lines if line.optimizer == name]
+        own = [line for line in lines if line.workload in fastest and name in runs]
         reached = [line for line in own if line.time < math.inf]
         rows.append(
             [
@@ -125,17 +130,34 @@ def score_section(analysis: Analysis, drawn: Sequence[str]) -> Section:
                 number(tuned.get(name), ".3f"),
                 number(iqm_of(own, fastest) if own else None, ".2f"),
                 f"{len(reached)}/{len(own)}" if own else "–",
-                str(sum(line.trouble.get("diverged", 0) + line.trouble.get("failed", 0) for line in own)),
+                str(sum(sum(line.trouble.values()) for line in lines)),
             ]
         )
     text = (
         "The score is AlgoPerf's: the area under the performance profile from 1 to 4 times the fastest, so that 1 is "
         "the fastest everywhere and 0 never within four times of it. Once of the median times of the seeds at the best "
-        "setting, once of the search itself (median over the studies of each one's fastest trial). IQM: interquartile "
-        "mean, over workloads and seeds, of the time over the workload's fastest median; a miss counts as 4."
+        "setting, once of the search itself (median over the studies of each one's fastest trial). The best setting is "
+        "that of the best single run of the search, and luck has a part in it: "
+        f"{promised} of them reached the target there, and {kept} of these with at least half of the seeds. IQM: "
+        "interquartile mean, over workloads and seeds, of the time over the workload's fastest median; a miss counts "
+        "as 4."
     )
     headings = ("optimizer", "score, runs", "score, search", "IQM of times", "targets reached", "diverged or failed")
     return Section("Scores", text, headings, rows, [f for f in ("profile", "times") if f in drawn])
+
+
+def selection(analysis: Analysis) -> tuple[int, int]:
+    """How many best settings reached the target in the search, and how many of them with half of the seeds."""
+    found = {
+        (o.workload, o.optimizer)
+        for o in analysis.outcomes
+        if o.trial["phase"] == "tune"
+        and o.trial["study"] != TARGET_STUDY
+        and o.workload in analysis.targets
+        and o.time_to(analysis.targets[o.workload].value, "step") < math.inf
+    }
+    promised = [line for line in analysis.lines if (line.workload, line.optimizer) in found]
+    return len(promised), sum(2 * line.reached >= len(line.times) for line in promised)
 
 
 def ours_section(analysis: Analysis) -> Section:
@@ -154,10 +176,11 @@ def ours_section(analysis: Analysis) -> Section:
 def rivals_section(analysis: Analysis) -> Section:
     text = (
         "On how many workloads ours is ahead of each rival: by the median time to the target, and where both missed it "
-        "by the mean best value. A count, without a test of significance."
+        "by the mean best value. A count, without a test of significance. OPTIMIZER/target is the rival that set the "
+        "target, at the setting it set it with: found by more trials at the full length, so that it is in no score."
     )
     rows = []
-    for own in (name for name in analysis.optimizers if name in OURS):
+    for own in (name for name in analysis.optimizers if is_ours(name)):
         counts = [analysis.ahead(own, rival) for rival in analysis.rivals]
         if any(of for _, of in counts):
             rows.append([own, *(f"{won}/{of}" if of else "–" for won, of in counts)])
@@ -207,10 +230,10 @@ def workload_section(analysis: Analysis, workload: str, drawn: Sequence[str]) ->
     rows = [
         [
             line.optimizer,
-            *(time(value) if target else "–" for value in (line.time, line.steps_to, line.evaluations_to)),
+            *(time(t, line.at_once) if target else "–" for t in (line.time, line.steps_to, line.evaluations_to)),
             f"{line.reached}/{len(line.times)}" if target else "–",
-            pair(line.best),
-            pair(line.test),
+            pair(line.best, line.scored, len(line.times)),
+            pair(line.test, line.tested, len(line.times)),
             number(line.test_loss, ".4g"),
             number(line.brier, ".4f"),
             number(line.equal_time, ".4g"),
@@ -220,7 +243,12 @@ def workload_section(analysis: Analysis, workload: str, drawn: Sequence[str]) ->
         ]
         for line in lines
     ]
-    text = f"{goal}; medians, means ± deviations, over {max(len(line.times) for line in lines)} seeds."
+    text = (
+        f"{goal}; medians, means ± deviations, over {max(len(line.times) for line in lines)} seeds. ≤: at the target "
+        "when first evaluated. Equal time and steps: when the first run had ended; who trains longer is read before "
+        "its rate has decayed. Gradients are those of the loss: the passes of a sampled Fisher, of K-FAC and of "
+        "Sophia-G, are in the time alone."
+    )
     figures = [f for f in (f"curves-{workload}", f"sensitivity-{workload}") if f in drawn]
     return Section(workload, text, headings, rows, figures)
 
@@ -308,12 +336,13 @@ def shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def time(value: float) -> str:
-    return "missed" if value == math.inf else f"{value:.4g}"
+def time(value: float, bound: bool = False) -> str:
+    return "missed" if value == math.inf else f"{'≤ ' * bound}{value:.4g}"
 
 
-def pair(value: tuple[float, float] | None) -> str:
-    return "–" if value is None else f"{value[0]:.4g} ± {value[1]:.2g}"
+def pair(value: tuple[float, float] | None, known: int, seeds: int) -> str:
+    """Mean and deviation, and of how many seeds, where some have no value."""
+    return "–" if value is None else f"{value[0]:.4g} ± {value[1]:.2g}{f' ({known} of {seeds})' * (known < seeds)}"
 
 
 def number(value: float | None, form: str) -> str:

@@ -5,7 +5,8 @@ to zero and training ends, so that a faster method can be given a shorter run), 
 and the method's own number. The spaces are the same for every workload. What is not searched is the optimizer's
 default. All search the same points of the unit cube, so that a variant and its twin without regularization differ in
 that alone. Twins of `ring` and `reng` are K-FAC and EKFAC, which they are with rho = 0; where damping follows the
-gradient (`ring`), its strength takes the place of the floor.
+gradient (`ring`), its strength takes the place of the floor. Beside the roster the rivals run that set the targets,
+OPTIMIZER/target, with the settings that they set them with: found by more trials, so that they are in no score.
 """
 
 import math
@@ -119,6 +120,7 @@ ROSTER = (
 OURS = ("ring", "ring/ekfac", "reng", "reng/ggn", "kalman")
 TWINS = {"ring": "kfac", "ring/ekfac": "ekfac", "reng": "kfac", "reng/ggn": "kfac", "kalman": "kalman/rho=0"}
 TARGETS_BY = ("sgd-momentum", "adamw", "nadamw")  # who sets the targets, before anybody else has run
+SETTERS = {f"{name}/target": name for name in TARGETS_BY}  # each runs where its own setting set the target
 
 
 def find_contestant(name: str) -> Contestant:

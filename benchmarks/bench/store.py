@@ -13,7 +13,7 @@ import io
 import json
 import lzma
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from .trial import Outcome, Trial
 
 ARCHIVE = "outcomes.json.xz"
 TABLE = "results.csv"
-NAMES = tuple(f.name for f in fields(Outcome))
+NAMES = {f.name for f in fields(Outcome)}
+NEEDED = {f.name for f in fields(Outcome) if f.default is f.default_factory is MISSING}
 
 
 class Store:
@@ -66,7 +67,13 @@ class Store:
             rows = json.loads(lzma.decompress(archive.read_bytes()))
         except (OSError, ValueError, lzma.LZMAError) as error:
             raise InputError(f"{archive} cannot be read ({error}): remove it or fetch it again") from error
-        return {outcome.key: outcome for row in rows if (outcome := made(row)) is not None}
+        found = [made(row) for row in rows]
+        if None in found:
+            raise InputError(
+                f"{archive} holds a run that this version cannot read: read it with the version that wrote it, or give "
+                "another folder"
+            )
+        return {outcome.key: outcome for outcome in found if outcome is not None}
 
     def write_rows(self, trial: Trial, outcome: Outcome) -> None:
         """What is known while the run goes on."""
@@ -125,7 +132,8 @@ def read_outcome(path: Path) -> Outcome | None:
 
 
 def made(content: Any) -> Outcome | None:
-    if not isinstance(content, dict) or set(NAMES) != content.keys():
+    """The outcome of a row; what an older version did not write has its default."""
+    if not isinstance(content, dict) or not NEEDED <= content.keys() <= NAMES:
         return None
     return Outcome(**content)
 

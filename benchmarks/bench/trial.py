@@ -4,8 +4,8 @@ import gc
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from statistics import fmean, median, quantiles
 from typing import Any
@@ -21,8 +21,6 @@ from ..loop import (
     fit,
     forked,
     make_schedule,
-    peak_memory,
-    reset_peak_memory,
     state_bytes,
     warm_up,
 )
@@ -194,17 +192,14 @@ def _train(
     warm_up(model, make, task.loss, first, workload.schedule, lambda model: task.evaluate(model, "validation"))
     torch.manual_seed(trial.seed)
     gc.collect()
-    reset_peak_memory(device)
     with closing(make(model)) as optimizer:
         stepper = Stepper(model, optimizer, task.loss)
         rising = round(trial.lr_warmup * steps) if workload.schedule == "cosine" else 0
         schedule = make_schedule(workload.schedule, optimizer, steps, rising)
-        batches = task.batches(trial.seed)
         diagnosis = Diagnosis(task, device) if trial.diagnose else None
         keeper = Keeper(checkpoint, trial, model, stepper, schedule, diagnosis, device)
         trace = keeper.restore(outcome)
-        for _ in islice(batches, len(trace.losses)):
-            pass  # what was trained on before
+        batches = task.batches_from(trial.seed, len(trace.losses))
         keeper.restore_generators()
 
         def evaluated(trace: Trace) -> None:
@@ -218,7 +213,8 @@ def _train(
             with forked(device):
                 outcome.rows.append({**row, **task.evaluate(model, "validation")})
                 if diagnosis:
-                    outcome.rows[-1] |= diagnosis(model)
+                    with unwatched(optimizer):
+                        outcome.rows[-1] |= diagnosis(model)
             keeper.save(trace, outcome)
             on_evaluation(outcome)
 
@@ -226,7 +222,7 @@ def _train(
         if trace.diverged:
             outcome.status = "diverged"
             outcome.message = f"the training loss was not finite by step {len(trace.losses)}"
-        outcome.peak_memory, outcome.state_bytes = peak_memory(device), state_bytes(optimizer)
+        outcome.peak_memory, outcome.state_bytes = trace.peak_memory, state_bytes(optimizer)
         outcome.steps, outcome.gradient_evaluations = len(trace.losses), stepper.evaluations
         outcome.seconds, outcome.cpu_seconds = trace.seconds, trace.cpu_seconds
         outcome.step_seconds = split_of(trace)
@@ -235,7 +231,15 @@ def _train(
         if trial.phase == "run" and not trace.diverged:
             outcome.test = task.evaluate(model, "test") | task.final(model)
             if diagnosis:
-                outcome.diagnosis = diagnosis.sharpness(model)
+                with unwatched(optimizer):
+                    outcome.diagnosis = diagnosis.sharpness(model)
+
+
+def unwatched(optimizer: Any) -> AbstractContextManager[Any]:
+    """What is measured within does not reach an optimizer with hooks in the model: neither batches nor random numbers
+    of its own."""
+    found: AbstractContextManager[Any] = getattr(optimizer, "paused", nullcontext)()
+    return found
 
 
 def split_of(trace: Trace) -> dict[str, float]:
@@ -294,7 +298,8 @@ class Keeper:
         """The trace so far: empty without a checkpoint of this very trial."""
         if self.path is None or not self.path.exists():
             return Trace()
-        state = torch.load(self.path, map_location=self.device, weights_only=True)
+        # Onto the host, where torch's optimizers keep their counts; everything else is copied to where it belongs.
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
         if state["key"] != self.trial.key:
             return Trace()
         self.model.load_state_dict(state["model"])
@@ -303,9 +308,9 @@ class Keeper:
             self.schedule.load_state_dict(state["schedule"])
         self.stepper.before = state["evaluations"] - self.stepper.evaluations  # some count on from their state
         if self.diagnosis:
-            self.diagnosis.before = state["gradient"]
+            self.diagnosis.before = None if state["gradient"] is None else state["gradient"].to(self.device)
         outcome.rows, outcome.continued = state["rows"], state["continued"] + 1
-        self.generators = {name: value.cpu() for name, value in state["generators"].items()}
+        self.generators = {name: value for name, value in state["generators"].items()}
         return Trace(**state["trace"])
 
     def restore_generators(self) -> None:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -30,6 +30,13 @@ class Task(ABC):
     @abstractmethod
     def batches(self, seed: int) -> Iterator[Any]:
         """Endless batches, as `loss` takes them; the same ones for the same seed. Their making is on the clock."""
+
+    def batches_from(self, seed: int, start: int) -> Iterator[Any]:
+        """`batches` without the first ones: made and thrown away, for the sake of the random numbers they take."""
+        batches = self.batches(seed)
+        for _ in islice(batches, start):
+            pass
+        return batches
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> Tensor:

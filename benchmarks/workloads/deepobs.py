@@ -65,7 +65,7 @@ def net_2c2d() -> nn.Sequential:
             nn.init.trunc_normal_(p, std=0.05, a=-0.1, b=0.1)
         else:
             nn.init.constant_(p, 0.05)
-    return model
+    return model.to(memory_format=torch.channels_last)  # poolings of a CPU are ten times as fast so
 
 
 def net_3c3d() -> nn.Sequential:
@@ -89,7 +89,7 @@ def net_3c3d() -> nn.Sequential:
             nn.init.xavier_uniform_(p)
         else:
             nn.init.zeros_(p)
-    return model
+    return model.to(memory_format=torch.channels_last)
 
 
 def standardised(x: Tensor) -> Tensor:

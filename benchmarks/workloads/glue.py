@@ -93,8 +93,9 @@ class Classifier(nn.Module):
     def __init__(self, encoder: Any, pad: int, separator: int, lora: bool) -> None:
         super().__init__()
         self.pad, self.separator = pad, separator
-        self.head = nn.Linear(encoder.config.hidden_size, 2)
+        head = nn.Linear(encoder.config.hidden_size, 2)
         self.encoder = adapted(encoder) if lora else encoder
+        self.head = head  # last, as Muon knows it by
 
     def forward(self, ids: Tensor) -> Tensor:
         there = ids != self.pad

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -168,7 +169,11 @@ class ImageFolder(Task):
         return self.build()
 
     def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return self._loaded("train", self._draws(seed), seed)
+        return self.batches_from(seed, 0)
+
+    def batches_from(self, seed: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Nothing is decoded that is not needed: every sample has a generator of its own."""
+        return self._loaded("train", islice(self._draws(seed), start, None), seed)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return F.cross_entropy(model(batch[0]), batch[1])

@@ -333,6 +333,30 @@ def test_muon_is_both() -> None:
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [1, 5])
+def test_muon_takes_kernels_as_matrices(size: int, layout: torch.memory_format) -> None:
+    """All but the first move as (outputs, everything else) does under torch's Muon, however they lie in memory."""
+    layers = nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 4, 2), nn.Conv2d(4, 4, 2, groups=2), nn.Flatten()
+    model = nn.Sequential(*layers, nn.Linear(64, 3)).to(memory_format=layout)
+    optimizer = Muon(model, lr=0.02, weight_decay=0.1, momentum=0.9)
+    kernels = [model[2].weight, model[3].weight]
+    assert [p is k for p, k in zip(optimizer.param_groups[0]["params"], kernels, strict=True)] == [True, True]
+    matrices = [nn.Parameter(k.detach().reshape(len(k), -1).clone()) for k in kernels]
+    reference = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
+    for _ in range(STEPS):
+        model.zero_grad()
+        x = torch.randn(size, 2, 8, 8).to(memory_format=layout)
+        cross_entropy(model(x), torch.randint(3, (size,))).backward()
+        for matrix, kernel in zip(matrices, kernels, strict=True):
+            matrix.grad = kernel.grad.reshape(matrix.shape).clone()
+        optimizer.step()
+        reference.step()
+        for matrix, kernel in zip(matrices, kernels, strict=True):
+            assert torch.equal(kernel.reshape(matrix.shape), matrix)
+            assert kernel.is_contiguous(memory_format=layout)
+
+
 def test_muon_leaves_embeddings_and_tied_heads_to_adamw() -> None:
     model = nn.ModuleDict({"in": nn.Embedding(5, 4), "mid": nn.Linear(4, 4), "out": nn.Linear(4, 5)})
     model["out"].weight = model["in"].weight

@@ -87,8 +87,9 @@ class Ear(Listener):
         self.titles: list[str] = []
         self.counts: list[tuple[int, int]] = []
 
-    def begin(self, runs, skipped):
+    def begin(self, runs, skipped, outdated=0):
         self.counts.append((runs, skipped))
+        self.outdated = outdated
 
     def run_begins(self, trial):
         if len(self.titles) == self.before:

@@ -9,6 +9,7 @@ import pytest
 from grng.benchmarks.bench import Store, Trial
 from grng.benchmarks.bench.analysis import analyse, best_until, iqm_of, spread, total
 from grng.benchmarks.bench.protocol import TARGET_STUDY
+from grng.benchmarks.errors import InputError
 
 from .bench_tools import made, target
 
@@ -86,6 +87,10 @@ def test_equal_time_and_equal_steps():
         "adamw": 0.9,
         "soap": None,
     }
+    diverged = [made("small", "reng", v, seed=i, status="diverged") for i, v in enumerate(([0.1], [None], [0.6, 0.7]))]
+    again = {x.optimizer: x for x in analyse([*RUNS, *diverged], GOAL, "seconds").lines}
+    assert {n: again[n].equal_steps for n in found} == {n: x.equal_steps for n, x in found.items()}, "it had not ended"
+    assert (again["reng"].equal_steps, again["reng"].scored, again["reng"].tested) == (0.1, 2, 2)
     low = made("lower", "adamw", [0.5, None, 0.3, 0.1], goal="min")
     assert [best_until(low, "step", limit) for limit in (5, 10, 25, 30, INF)] == [None, 0.5, 0.5, 0.3, 0.1]
 
@@ -99,6 +104,45 @@ def test_every_clock(clock, time, tuning, whole):
     line = next(x for x in found.lines if x.optimizer == "kalman")
     assert (line.time, line.tuning, total(RUNS[0], clock)) == (time, tuning, whole)
     assert found.tuned["small"]["kalman"] == time
+
+
+def test_a_seed_without_a_value_counts_as_the_worst():
+    values = ([0.7, 0.8], [None, 0.8], [0.6, 0.8])
+    runs = [made("small", "kalman", v, seed=i) for i, v in enumerate(values)]
+    short = made("small", "adamw", [0.1])
+    found = {x.optimizer: x.equal_steps for x in analyse([*runs, short], GOAL, "seconds").lines}
+    assert found == {"kalman": 0.6, "adamw": 0.1}
+    failed = [replace(runs[0], trial={**runs[0].trial, "seed": i, "study": i}, status="failed") for i in (3, 4, 5)]
+    assert analyse([*runs, *failed, short], GOAL, "seconds").lines[0].equal_steps is None
+
+
+@pytest.mark.parametrize("change", [{"settings": {"lr": 9.0}}, {"horizon": 0.5}, {"budget": 0.5}, {"lr_warmup": 0.0}])
+def test_runs_that_do_not_belong_together_are_refused(change):
+    other = made("small", "adamw", [0.5], seed=7)
+    other.trial |= change
+    with pytest.raises(InputError, match=r"the runs of 'adamw' on 'small' do not belong together .*seeds 7 with"):
+        analyse([*RUNS, other], GOAL, "seconds")
+
+
+def test_ours_are_ours_under_any_name():
+    names = ("ring/mine", "ring+sam", "kalman/rho=0", "adamw/target", "adamw")
+    found = analyse([made("small", n, [0.95], pace=i + 1.0) for i, n in enumerate(names)], GOAL, "seconds")
+    assert set(found.rivals) == {"adamw/target", "adamw"}
+    assert [(c.own, c.other) for c in found.against_rivals()] == [("ring/mine", "adamw/target")]
+    assert set(found.run_scores()) == set(names) - {"adamw/target"}, "it did not search as the others did"
+
+
+def test_at_the_target_when_first_evaluated():
+    runs = [made("small", "adamw", v, seed=i) for i, v in enumerate(([0.95], [0.91, 0.95], [0.1, 0.95]))]
+    runs += [made("small", "soap", [0.1, 0.95], seed=i) for i in range(3)]
+    found = {x.optimizer: x.at_once for x in analyse(runs, GOAL, "seconds").lines}
+    assert found == {"adamw": True, "soap": False}
+
+
+def test_who_searched_somewhere_has_no_score():
+    goals = {name: target(name, 0.9) for name in ("a", "b")}
+    runs = [made(w, "kalman", [0.9], phase="tune") for w in goals] + [made("a", "adamw", [0.9], phase="tune")]
+    assert analyse(runs, goals, "seconds").tuned_scores() == {"kalman": 1.0}
 
 
 def test_ahead_by_hand():

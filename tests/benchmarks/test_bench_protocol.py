@@ -7,7 +7,7 @@ import pytest
 import torch
 from grng.benchmarks.bench import Job, protocol, read_targets, write_targets
 from grng.benchmarks.bench.protocol import TARGET_STUDY, best_of
-from grng.benchmarks.bench.spaces import TARGETS_BY, find_contestant
+from grng.benchmarks.bench.spaces import SETTERS, TARGETS_BY, find_contestant
 from grng.benchmarks.bench.targets import best_trial, target_of
 from grng.benchmarks.errors import InputError
 
@@ -188,6 +188,42 @@ def test_settings_given_before_those_found_before_the_defaults(tmp_path, given, 
     assert settings in (None, found[0])
     other = job.best([], "small", find_contestant("sgd-momentum"))
     assert other == ({"nesterov": True}, 1.0), "what is fixed"
+
+
+@pytest.mark.usefixtures("small")
+def test_a_search_at_another_length_chooses_nothing(tmp_path):
+    Job(["small"], PAIR, tmp_path, budget=0.5).tune(1, 1)
+    with pytest.raises(InputError, match=r"holds a search of 'adamw' on 'small' at another length than budget 1 and"):
+        Job(["small"], PAIR, tmp_path).run(1, False)
+    settings = {name: {"lr": 0.5} for name in PAIR}
+    assert [o.steps for o in Job(["small"], PAIR, tmp_path, settings=settings).run(1, False)] == [6, 6]
+    Job(["small"], PAIR, tmp_path).tune(1, 1)
+    assert [o.status for o in Job(["small"], PAIR, tmp_path).run(1, False)] == ["finished"] * 2
+
+
+@pytest.mark.usefixtures("small")
+def test_who_set_a_target_runs_there_with_its_setting(tmp_path):
+    goals = {"small": replace(target("small", 0.9), optimizer="nadamw", settings={"lr": 0.02, "betas": [0.8, 0.9]})}
+    job = Job(["small", "lower"], ["adamw", *SETTERS], tmp_path, targets=goals)
+    assert {o.optimizer for o in job.tune(1, 1)} == {"adamw"}, "it searches nothing"
+    found = job.run(2, False)
+    assert [(o.workload, o.optimizer) for o in found if o.optimizer != "adamw"] == [("small", "nadamw/target")] * 2
+    setter = found[-1] if found[-1].optimizer == "nadamw/target" else found[1]
+    assert setter.trial["settings"] == {"lr": 0.02, "betas": [0.8, 0.9]}
+    assert (setter.trial["horizon"], setter.status) == (1.0, "finished")
+
+
+@pytest.mark.usefixtures("small")
+def test_runs_of_other_code_are_counted(tmp_path, monkeypatch):
+    first = Job(["small"], PAIR, tmp_path).run(1, False)
+    assert len({o.environment["source"] for o in first}) == 1
+    for code, outdated in (("same", 0), ("other", 2)):
+        ear = Ear()
+        with monkeypatch.context() as patch:
+            if code == "other":
+                patch.setattr(protocol, "source_hash", lambda: "other")
+            Job(["small"], PAIR, tmp_path).run(1, False, ear)
+        assert (ear.counts, ear.outdated) == ([(2, 2)], outdated)
 
 
 @pytest.mark.usefixtures("small")

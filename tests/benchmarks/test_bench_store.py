@@ -214,6 +214,23 @@ def test_an_archive_that_cannot_be_read(store, content):
         store.outcomes()
 
 
+def test_an_archive_of_another_version(store):
+    """What it does not know has its default; what this version does not know is refused, and stays."""
+    store.write_tables(OUTCOMES)
+    archive = store.out / "outcomes.json.xz"
+    rows = json.loads(lzma.decompress(archive.read_bytes()))
+    for row in rows:
+        del row["peak_memory"], row["diagnosis"]
+    archive.write_bytes(lzma.compress(json.dumps(rows).encode()))
+    found = Store(store.out).outcomes()
+    assert [(o.key, o.peak_memory, o.diagnosis) for o in found] == [(o.key, None, {}) for o in OUTCOMES]
+    rows[1]["new"] = 1
+    archive.write_bytes(content := lzma.compress(json.dumps(rows).encode()))
+    with pytest.raises(InputError, match="holds a run that this version cannot read"):
+        Store(store.out).outcomes()
+    assert archive.read_bytes() == content
+
+
 def test_the_table_has_a_row_for_each_run(store):
     store.write_tables(OUTCOMES)
     rows = table(store.out / "results.csv")

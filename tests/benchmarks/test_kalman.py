@@ -54,6 +54,9 @@ def test_uci(folder: Path, tmp_path: Path) -> None:
     assert again.exit_code == 0
     assert "trials, best" not in again.output
     assert (out / "table.md").read_text() in again.output
+    refused = RUN.invoke(make_app(), [*options, "--methods", "adamw", "--splits", "2"])
+    assert refused.exit_code == 2
+    assert "was made with splits=3" in refused.output.replace("\n", " ")
 
 
 def test_uci_refusals(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

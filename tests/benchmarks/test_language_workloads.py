@@ -407,6 +407,9 @@ def test_glue_workloads(root, minilm, name):
 
     x, y = next(task.batches(0))
     assert (x != task.pad).sum(1).max() == x.shape[1]
+    model = task.model()
+    adamw = {id(p) for group in make_optimizer("muon", model).param_groups[1:] for p in group["params"]}
+    assert id(model.head.weight) in adamw, "the last layer is none of Muon's"
     others = {row.parameter for row in train_a_step(task, "ring", (x, y)) if row.verified != "yes"}
     assert all("LayerNorm" in parameter for parameter in others)
     model = task.model()

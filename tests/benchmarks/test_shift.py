@@ -1,6 +1,7 @@
 """`grng shift`: calibration and what is foreign, on data of a moment's size."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -62,9 +63,34 @@ def test_shift(sources: tuple[str, str], tmp_path: Path, monkeypatch: pytest.Mon
     again = RUN.invoke(make_app(), options)
     assert "validation" not in again.output
     assert (out / "table.md").read_text() in again.output
+    for changed, name in (
+        (["--epochs", "7"], "epochs=6"),
+        (["--seeds", "3"], "seeds=2"),
+        (["--data", sources[1]], "data="),
+    ):
+        refused = RUN.invoke(make_app(), [*options, *changed])
+        assert refused.exit_code == 2
+        assert f"was made with {name}" in refused.output.replace("\n", " ")
     wrong = RUN.invoke(make_app(), [*options, "--methods", "adam"])
     assert wrong.exit_code == 2
     assert "unknown method 'adam'" in wrong.output
+
+
+@pytest.mark.parametrize("bad", [1, 2])
+def test_a_setting_that_diverges_is_not_chosen(
+    sources: tuple[str, str], monkeypatch: pytest.MonkeyPatch, bad: int
+) -> None:
+    def fit(job: shift.Job, lr: float) -> dict[str, shift.Predict]:
+        value = math.nan if lr <= bad else 1 / 3
+        return {"plain": lambda x: torch.full((len(x), 3), value)}
+
+    monkeypatch.setattr(shift, "METHODS", {"adamw": Method(fit, {"lr": [1, 2]})})
+    data = load_data(sources[0])
+    if bad == 1:
+        assert shift.run_method("adamw", data, data.x_test, 1, 1, print)["settings"] == {"lr": 2}
+    else:
+        with pytest.raises(RuntimeError, match="every trial diverged"):
+            shift.run_method("adamw", data, data.x_test, 1, 1, print)
 
 
 def test_measures() -> None:

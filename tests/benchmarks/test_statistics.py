@@ -69,6 +69,21 @@ def test_paired_ratio_covers() -> None:
     assert 180 <= inside <= 199
 
 
+@pytest.mark.parametrize("pairs", [2, 3, 6, 9, 10])
+def test_exchanged_the_ratio_is_the_reciprocal(pairs: int) -> None:
+    generator = np.random.default_rng(pairs)
+    for i in range(40):
+        own, theirs = np.exp(generator.normal(size=(2, pairs)))
+        missed = generator.random((2, pairs)) < 0.2 * (i % 3)
+        own, theirs = np.where(missed[0], np.inf, own), np.where(missed[1] & ~missed[0], np.inf, theirs)
+        if missed[0].all():
+            continue
+        found, back = paired_ratio(own, theirs), paired_ratio(theirs, own)
+        assert found.differs == back.differs
+        for value, other in ((found.median, back.median), (found.low, back.high), (found.high, back.low)):
+            assert value == pytest.approx(1 / other if other else math.inf)
+
+
 def test_misses_in_pairs() -> None:
     inf = math.inf
     found = paired_ratio([1.0, 1.0, 1.0, inf, inf], [2.0, 2.0, inf, 2.0, inf])
@@ -76,9 +91,13 @@ def test_misses_in_pairs() -> None:
     assert found.low == 0.0
     assert found.high == inf
     assert not found.differs
-    assert "no difference shown" in str(found)
+    assert "no difference shown" in str(paired_ratio([1.0] * 5 + [inf] * 5, [2.0] * 5 + [1.0] * 5))
     assert paired_ratio([1.0] * 4, [inf] * 4).median == 0.0
-    assert Ratio(0.5, 0.4, 0.6, 5, 0).differs
+    assert Ratio(0.5, 0.4, 0.6, 6, 0).differs
+    assert not Ratio(0.5, 0.4, 0.6, 5, 0).differs
+    assert "too few pairs" in str(Ratio(0.5, 0.4, 0.6, 5, 0))
+    assert paired_ratio([0.6, 0.7, inf, inf], [1.0] * 4).median == inf, "half of them missed"
+    assert paired_ratio([1.0, inf], [inf, 1.0]).median == 1.0
     with pytest.raises(ValueError, match="every seed"):
         paired_ratio([inf], [inf])
     with pytest.raises(ValueError, match="2 times against 1"):

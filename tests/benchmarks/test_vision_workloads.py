@@ -222,11 +222,16 @@ def test_both_layouts_are_read(folder):
     assert task.model()(torch.zeros(1, 3, 16, 16)).shape == (1, 3)
 
 
-def test_batches_are_the_same_for_a_seed_however_many_workers_decode_them(folder):
+def test_batches_are_the_same_for_a_seed_however_many_workers_decode_them(folder, monkeypatch):
     state = torch.get_rng_state()
     first = list(islice(task_of(folder).batches(3), 5))
     assert equal(first, islice(task_of(folder, workers=2).batches(3), 5))
     assert torch.equal(torch.get_rng_state(), state)
+    seen, decoded = [], image_folder.decode
+    with monkeypatch.context() as patch:
+        patch.setattr(image_folder, "decode", lambda path: seen.append(path) or decoded(path))
+        assert equal(first[3:], islice(task_of(folder).batches_from(3, 3), 2))
+    assert len(seen) <= 3 * len(first[0][0]), "what was trained on before is not decoded again"
     other = list(islice(task_of(folder).batches(4), 5))
     assert not torch.equal(first[0][0], other[0][0])
     assert all((x.shape, y.shape) == ((8, 3, 16, 16), (8,)) for x, y in first)
