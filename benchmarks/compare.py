@@ -181,7 +181,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 @cache
 def source_hash() -> str:
     """Hash of the code of the optimizers and the workloads, which one version number does not tell apart."""
-    files = {}
+    files: dict[tuple[str, ...], Path] = {}
     for part in ("grng", "grng.kernels", "grng.baselines", "grng.benchmarks.workloads", "grng.benchmarks.networks"):
         folder = Path(import_module(part).__path__[0])
         files |= {(part.replace(".", "/"), *file.relative_to(folder).parts): file for file in folder.rglob("*.py")}

@@ -14,6 +14,7 @@ from grng.curvature.engines import Hook
 from grng.curvature.layers import STATUS
 from grng.curvature.order import ORDERS, UNKNOWN
 from grng.curvature.plan import check_model, coverage_of, find_layers, named_groups
+from grng.curvature.visits import Visits
 from grng.damping import Damping
 from grng.distributed import several, unwrapped
 from grng.errors import GRNGWarning, check_nonnegative, finite, invalid
@@ -69,6 +70,7 @@ class AttachedOptimizer(StrictOptimizer):
         self._groups = make_groups(self._layers, curvature)
         self._matrices = Matrices(self._layers, self._groups)
         self._shares: Tensor | None = None  # of every matrix in the largest curvature, until the next refresh
+        preconditioner.attach(self)
         preconditioner.setup(self._groups, curvature)
         # A weak sink: the finalizer keeps the capture, which must not keep this optimizer.
         self._capture = Capture(model, self._layers, curvature, Hook(self, "_observe"), twice)
@@ -81,6 +83,7 @@ class AttachedOptimizer(StrictOptimizer):
         self._fresh: set[Layer] = set()  # observed since the last step
         self._current: set[Layer] = set()  # observed for this step
         self._observed: set[Layer] = set()  # ever observed
+        self._visits = Visits(self._layers, curvature.stats_every)
         self._scalars = {name: torch.zeros((), device=self._device) for name in COUNTERS}
         self._link_state()
 
@@ -211,11 +214,15 @@ class AttachedOptimizer(StrictOptimizer):
         """Tell of a gradient that was formed without `loss.backward()`, for the check of what is captured."""
         self._capture.note_gradient(p, gradient)
 
+    def expect_scale(self, scale: Tensor | None) -> None:
+        """Tell what the loss of the coming backward passes is multiplied by; None where it is not known to be."""
+        self._capture.expect_scale(scale)
+
     def _due(self) -> bool:
         """Whether the coming step measures."""
         t = self._steps
         often = self._preconditioner.every_step or t < self._curvature.burn_in or not self._observed
-        return often or t % self._curvature.stats_every == 0
+        return often or t % self._curvature.stats_every == 0 or self._visits.expected(t)
 
     # What the user looks at.
 
@@ -277,7 +284,7 @@ class AttachedOptimizer(StrictOptimizer):
         counts = [self._scalars[name] for name in COUNTS]
         shared["grng_counts"] = torch.stack([*counts, self._preconditioner.failures.to(self._device)])
         shared["grng_period"] = torch.tensor(self._period)
-        shared |= self._front.state()
+        shared |= self._front.state() | self._visits.state()
         self.state[self._first].update(shared, **self._capture.fisher.state(self._device))
         return super().state_dict()
 
@@ -309,6 +316,7 @@ class AttachedOptimizer(StrictOptimizer):
             if observed:
                 self._observed.add(layer)
         shared = self.state[self._first]
+        self._visits.load_state(shared)
         self._steps = int(shared["grng_steps"])
         self._period = int(shared.get("grng_period", self._curvature.inverse_every or self._curvature.stats_every))
         self._damping.load_state(shared)
@@ -364,6 +372,11 @@ class AttachedOptimizer(StrictOptimizer):
             "a GRNG optimizer is attached to its model and cannot be copied or pickled: save state_dict(), build "
             "GRNG(model, ...) anew and load it"
         )
+
+    @property
+    def open(self) -> bool:
+        """Whether it sees its model: until `close()`."""
+        return hasattr(self, "_finalizer") and self._finalizer.alive
 
     def close(self) -> None:
         """Remove every hook from the model; the optimizer cannot be used afterwards."""

@@ -56,6 +56,11 @@ class Damping:
         self._derive()
 
     @property
+    def _told(self) -> bool:
+        """Whether there is nothing to follow."""
+        return None not in (self.given_rho, self.given_floor)
+
+    @property
     def _fades(self) -> bool:
         return self.given_rho is None and self.variant.regularization == "damping" and self.variant.strength > 0
 
@@ -89,7 +94,7 @@ class Damping:
             mean = self.mean.lerp(sample, (1 - MEMORY) / weight)
             self.weight, self.mean = torch.where(ok, weight, self.weight), torch.where(ok, mean, self.mean)
             self.norm = torch.maximum(self.norm, self.mean)
-        refreshed &= None in (self.given_rho, self.given_floor)
+        refreshed &= not self._told
         if refreshed:
             s = preconditioner.largest_curvature().to(self.one)
             sound = ok & s.isfinite()
@@ -98,7 +103,7 @@ class Damping:
         if refreshed or self._fades:
             self._derive()
         if not self.variant.follows:
-            self.settled = bool(self.largest > 0)  # a look at the value, until it is settled
+            self.settled = self._told or bool(self.largest > 0)  # a look at the value, until it is settled
 
     def adapt(self, actual: Tensor, predicted: Tensor) -> None:
         """Make the factor follow how the loss changed beside how its quadratic model said it would."""
@@ -116,7 +121,7 @@ class Damping:
         self.latest, self.largest, self.norm, self.mean, self.weight, self.outputs = state[STATE].clone()
         if self.adapts:
             self.factor = state[FACTOR].clone()
-        self.settled = not self.variant.follows and bool(self.largest > 0)
+        self.settled = not self.variant.follows and (self._told or bool(self.largest > 0))
         self._derive()
 
 

@@ -177,7 +177,8 @@ class GRNG(AttachedOptimizer):
             chain = (Explicit(lambda: damping.rho, mode=mode), *chain)
         me = weakref.ref(self)  # no cycle: hooks go with the last reference to the optimizer
         groups = lambda: me().param_groups  # type: ignore[union-attr]  # noqa: E731
-        return FrontEnd(chain, groups, self._called, self._capture.paused, self._capture.note_gradient)
+        capture = self._capture
+        return FrontEnd(chain, groups, self._called, capture.paused, capture.note_gradient, capture.expect_scale)
 
     # The step.
 
@@ -205,7 +206,7 @@ class GRNG(AttachedOptimizer):
         return self._front.passes(scale)
 
     def _check_open(self) -> None:
-        if not self._finalizer.alive:
+        if not self.open:
             raise RuntimeError("this optimizer was closed and no longer sees its model: build GRNG(model, ...) anew")
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -243,7 +244,9 @@ class GRNG(AttachedOptimizer):
             self._front.refuse_missing_passes()
             gradients = self._plain_gradients()
             if scaled:
-                self._note_scale(self._front.unscale_(self, list(gradients.values())))
+                # Copies of what would be lost in float16 without the scale.
+                gradients = {p: g.float() if g.dtype == torch.float16 else g for p, g in gradients.items()}
+                self.note_scale(self._front.unscale_(self, list(gradients.values())))
         else:
             if self._damping.adapts and (self._steps + 1) % self._damping.every == 0:
                 random = RandomState([p for group in self.param_groups for p in group["params"]])
@@ -261,12 +264,26 @@ class GRNG(AttachedOptimizer):
             self._adapt(closure, loss, before, random)
         return loss
 
-    def _note_scale(self, scale: Tensor | None) -> None:
-        """N was read off the scaled loss, the gradients are unscaled by now."""
-        batch = self._capture.batch
+    def note_scale(self, scale: Tensor | None) -> None:
+        """Tell that the coming step's gradients are those of the loss divided by `scale`, None where nobody knows.
+
+        Raises:
+            RuntimeError: what was measured depends on the scale, and it is not known.
+        """
+        batch, fisher = self._capture.batch, self._capture.fisher
         if batch is None:
             return
-        if scale is not None:
+        if fisher.blind:  # N is that of the loss without the scale
+            if fisher.empirical or fisher.noise.estimated:
+                self._forget()
+                self._capture.finish_step(self._due())
+                raise RuntimeError(
+                    f"what the loss was multiplied by cannot be read off this loss ({fisher.reason}), and the size of "
+                    "its gradients enters the curvature: take the pass by `for each in optimizer.passes(scaler):` and "
+                    "in it `with each: scaler.scale(loss).backward()`; or train without a GradScaler, in bfloat16"
+                )
+        elif scale is not None:
+            # It was read off the scaled loss, and the gradients are unscaled by now.
             batch.normaliser = batch.normaliser * scale.to(batch.normaliser)
         elif self._preconditioner.weighs_sums:
             raise RuntimeError(
@@ -294,6 +311,7 @@ class GRNG(AttachedOptimizer):
             directions, scale, square_norm, ok = self._directions(gradients)
         if directions is not None:
             update_(self.param_groups, self.state, gradients, directions, ok, self._curvature.factor_dtype)
+            self._visits.note(self._steps, gradients, self._current if self._capture.collecting else None)
         self._scalars["kl_scale"] = scale
         self._scalars["grad_norm"] = square_norm.sqrt()
         self._scalars["skipped"] = self._scalars["skipped"] + ~ok
@@ -333,7 +351,8 @@ class GRNG(AttachedOptimizer):
             precision = self._curvature.factor_dtype
             moved = {p: p.detach().to(precision(p)) - w.to(precision(p)) for p, w in before.items()}
             linear = [torch.sum(p.grad * delta) for p, delta in moved.items() if p.grad is not None]
-            stacks = self._stack(self._taking(moved), moved, torch.ones_like(actual, dtype=torch.bool))
+            taking = self._taking(moved)
+            stacks = self._stack(taking, moved, torch.ones_like(actual, dtype=torch.bool)) if taking else []
             quadratic = inner(stacks, self._preconditioner.curvature_product(stacks)) if stacks else actual.new_zeros(1)
             self._damping.adapt(actual, torch.stack(linear).sum() + quadratic.sum() / 2)
 

@@ -40,7 +40,10 @@ def update_(
         others = [p for p in members if p not in directions]
         lr, decay = scalar(group["lr"]), group["weight_decay"]
         if decay:
-            torch._foreach_mul_(members, (1 - lr * decay * gate).to(members[0].dtype))
+            kept = 1 - lr * decay * gate
+            for dtype in {p.dtype for p in members}:  # a factor of less precision would round small decays away
+                own = [p for p in members if p.dtype == dtype]
+                torch._foreach_mul_(own, kept.to(torch.promote_types(dtype, torch.float32)))
         if covered:
             own = [states[p] for p in covered]
             _add_(covered, _momentum(own, [directions[p] for p in covered], group["momentum"], gate), lr * gate)

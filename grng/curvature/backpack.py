@@ -154,7 +154,7 @@ class BackpackEngine(HooksEngine):
                 found = torch.autograd.grad([place], weights, [gradient], retain_graph=True, allow_unused=True)
             yield from self._found
             gradients = dict(zip(weights, found, strict=True))
-            yield from alone(plain, [gradients[layer.owner] for layer in plain])
+            yield from alone(plain, [gradients.get(layer.owner) for layer in plain])
         finally:
             self._current, self._found = before, None
 

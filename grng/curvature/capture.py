@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from grng.curvature.check import SelfCheck, warn
 from grng.curvature.config import Curvature
-from grng.curvature.engines import Hook, HooksEngine, make_engine
+from grng.curvature.engines import Hook, HooksEngine, Pair, make_engine
 from grng.curvature.fisher import FisherReader
 from grng.curvature.layers import STATUS, Layer
 from grng.curvature.likelihood import Reading
@@ -133,8 +133,10 @@ class Capture:
 
     def _at_output(self, current: Pass, f: Tensor, number: int, version: int, gradient: Tensor) -> Tensor | None:
         """Measure, and hand on the gradient that the likelihood's noise makes of it."""
+        if self._busy or not self.collecting or not self._trains(current.context):
+            return None
         self._output_gradient(current, f, number, version, gradient)
-        return None if self._busy or not self.collecting else self.fisher.weighted(f, gradient)
+        return self.fisher.weighted(f, gradient) if self.collecting else None
 
     def probe(self, model: nn.Module, x: Any) -> tuple[Tensor, Callable[[Tensor], Iterator[tuple[Layer, Statistics]]]]:
         """The output of a forward pass that is no training step's, and what gives the statistics of every use of a
@@ -160,8 +162,6 @@ class Capture:
     # The backward pass.
 
     def _output_gradient(self, current: Pass, f: Tensor, number: int, version: int, gradient: Tensor) -> None:
-        if self._busy or not self.collecting:
-            return
         self.engine.listen(current)
         if current.context.closed or not self.collecting:
             return  # the graph is walked again: its labels were drawn and its rows counted; or the step is abandoned
@@ -192,27 +192,55 @@ class Capture:
                 self._deliver_true(layer, x, e, current.context)
             current.context.waiting.clear()
         keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: current.close(keep_graph))
+
+        def ended() -> None:
+            self._deliver_held(current.context)
+            current.close(keep_graph)
+
+        torch.autograd.Variable._execution_engine.queue_callback(ended)
+
+    def _trains(self, context: Context) -> bool:
+        """Whether the backward pass that runs reaches parameters of the layers: an attack's `autograd.grad(loss, x)`
+        is no part of a step."""
+        task = torch._C._current_graph_task_id()
+        if context.task != task:
+            context.task, context.trains = (
+                task,
+                any(self._reached(p) for layer in self.layers for p in layer.parameters),
+            )
+        return context.trains
+
+    @staticmethod
+    def _reached(p: nn.Parameter) -> bool:
+        if not p.requires_grad:
+            return False
+        try:
+            return torch._C._will_engine_execute_node(get_gradient_edge(p).node)
+        except RuntimeError:  # autograd.grad() was asked for this very parameter
+            return True
 
     def _fisher_passes(self, current: Pass, place: GradientEdge, f: Tensor, gradient: Tensor) -> None:
         """The nested passes with gradients that make the Fisher."""
-        plain = [layer for layer in self.layers if layer.plain and layer.active]
+        plain = [layer for layer in self.layers if layer.plain and layer.active and layer.owner.requires_grad]
         exact = self.config.fisher == "exact"
         for draw, cotangent in enumerate(self.fisher.cotangents(f, gradient)):
-            for layer, x, e in self.engine.pairs(current, place, cotangent, () if exact else plain):
-                self._deliver(layer, x, e, current.context, draw)
+            found: dict[Layer, list[Pair]] = {}
+            for pair in self.engine.pairs(current, place, cotangent, () if exact else plain):
+                found.setdefault(pair[0], []).append(pair)
+            for layer, pairs in found.items():
+                self._deliver(layer, pairs, current.context, draw)
         if plain and exact and not self.fisher.empirical:
             # Columns of a root are not independent from sample to sample: their sum says nothing, that of draws does.
-            for layer, x, e in self.engine.pairs(current, place, self.fisher.sample(f, gradient), plain):
-                if layer.plain:
-                    self._deliver(layer, x, e, current.context)
+            for pair in self.engine.pairs(current, place, self.fisher.sample(f, gradient), plain):
+                if pair[0].plain:
+                    self._deliver(pair[0], [pair], current.context)
 
     def wants_true_gradient(self, layer: Layer) -> bool:
         return self.fisher.empirical or not self.fisher.decided or layer.pending
 
     def receive_true_gradient(self, layer: Layer, x: Tensor, e: Tensor, context: Context) -> None:
         """Called by the engine with the pairs of the user's own backward pass."""
-        if self._busy or not self.collecting or not layer.active:
+        if self._busy or not self.collecting or not layer.active or not self._trains(context):
             return
         if not e.numel():  # an empty batch, or an expert that nothing was sent to
             self._check.idle(layer)
@@ -220,7 +248,7 @@ class Capture:
         with torch.no_grad(), full_precision(e.device):
             e = e.detach()
             if layer.pending:
-                statistics = self._first_statistics(layer, x, e, context)
+                statistics = self._readable(layer, x, e, context)
                 if statistics is None:
                     return
                 self._check.add(layer, x, e, statistics)
@@ -230,9 +258,22 @@ class Capture:
                 self._deliver_true(layer, x, e, context)
 
     def _deliver_true(self, layer: Layer, x: Tensor, e: Tensor, context: Context) -> None:
-        if self.fisher.empirical and not context.closed:
-            assert context.normaliser is not None
-            self._deliver(layer, x, e * context.normaliser.to(e.dtype), context)
+        if not self.fisher.empirical or context.closed:
+            return
+        assert context.normaliser is not None
+        pair = layer, x, e * context.normaliser.to(e.dtype)
+        if context.calls.get(layer, 1) > 1:
+            context.held.setdefault(layer, []).append(pair)
+        else:
+            self._deliver(layer, [pair], context)
+
+    def _deliver_held(self, context: Context) -> None:
+        """True gradients of layers that were called several times."""
+        if self.collecting:
+            for layer, pairs in context.held.items():
+                with torch.no_grad(), full_precision(pairs[0][2].device):
+                    self._deliver(layer, pairs, context)
+        context.held.clear()
 
     def _statistics(self, layer: Layer, x: Tensor, e: Tensor, context: Context) -> Statistics:
         if layer.plain:
@@ -240,23 +281,31 @@ class Capture:
             return SummedStatistics(gradient, context.batch or 1)  # type: ignore[return-value]
         return layer.statistics(x, e, context.batch, self.config.factor_dtype(layer.owner))
 
-    def _first_statistics(self, layer: Layer, x: Tensor, e: Tensor, context: Context) -> Statistics | None:
-        """Those of a layer that is not verified: None where its calls are not what its kind promises."""
+    def _readable(self, layer: Layer, x: Tensor, e: Tensor, context: Context) -> Statistics | None:
+        """None where a call is not what the layer's kind promises: the layer is given up then, visibly."""
         try:
             return self._statistics(layer, x, e, context)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, TypeError, LookupError) as error:
             self._check.unfit(layer, error)
+            if not layer.pending:  # of a kind that was not seen before
+                layer.status, layer.reason = "failed", self._check.unfitness(layer)
+                warn([layer])
             return None
 
-    def _deliver(self, layer: Layer, x: Tensor, e: Tensor, context: Context, draw: int = 0) -> None:
-        if not e.numel():
-            return
-        read = self._first_statistics if layer.pending else self._statistics
-        statistics = read(layer, x, e, context)
-        if statistics is None:
-            return
+    def _deliver(self, layer: Layer, pairs: list[Pair], context: Context, draw: int = 0) -> None:
+        """Hand on what the calls of a layer in one pass amount to."""
+        read = [self._readable(layer, x, e, context) for _, x, e in pairs if e.numel()]
+        parts = [statistics for statistics in read if statistics is not None]
+        # Calls with one and the same batch: what they say of a sample belongs together, as positions of one call do.
+        alike = context.batch is not None and layer.order != ROWS and {s.samples for s in parts} == {context.batch}
+        if len(parts) > 1 and alike and not layer.plain:
+            parts = [parts[0].joined(parts[1:])]
+        for statistics in parts:
+            self._hand_on(layer, statistics, context, draw)
+
+    def _hand_on(self, layer: Layer, statistics: Statistics, context: Context, draw: int) -> None:
         if self.config.sharing == "reduce" and not layer.plain:
             statistics = statistics.reduced()
         statistics.offset, statistics.draw, statistics.drawn = context.offset, draw, not self.fisher.empirical
@@ -332,6 +381,10 @@ class Capture:
                 failed.append(layer)
             layer.status = worst
         warn(failed)
+
+    def expect_scale(self, scale: Tensor | None) -> None:
+        """What the loss of the coming backward passes is multiplied by; None where it is not known to be."""
+        self.fisher.scale = scale
 
     # The self-check.
 

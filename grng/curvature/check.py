@@ -56,6 +56,10 @@ class SelfCheck:
         """A call of a layer is not what its kind promises."""
         self._unfit[layer] = str(error).partition("\n")[0]
 
+    def unfitness(self, layer: Layer) -> str:
+        """Why, in words."""
+        return f"its calls cannot be read: {self._unfit[layer]}"
+
     def idle(self, layer: Layer) -> None:
         """A layer was called with an empty batch."""
         self._idle.add(layer)
@@ -95,7 +99,7 @@ class SelfCheck:
                 return "" if delivered else None
             return NO_LABEL if empirical else NOT_READ
         if layer in self._unfit:
-            return f"its calls cannot be read: {self._unfit[layer]}"
+            return self.unfitness(layer)
         if layer not in self._sums:
             return None if layer in self._idle else NOT_CALLED
         errors = [self._miss(layer, p, mine) for p, mine in layer.views(self._sums[layer])]
@@ -104,7 +108,7 @@ class SelfCheck:
         if max(errors) > 0:
             return (
                 f"the captured pair misses the gradient by {max(errors):.2g} (shared or transformed weights, or "
-                "derivatives of the model in the loss)"
+                "derivatives of the model in the loss; passes that are no part of the step belong in opt.paused())"
             )
         return "" if delivered or not read else NOT_READ
 

@@ -96,7 +96,7 @@ class HooksEngine:
         if current is None or not layer.active or not isinstance(output, Tensor) or not output.requires_grad:
             return
         x = layer.geometry.input(args, kwargs).detach()
-        current.uses.append(Use(layer, x, get_gradient_edge(output)))
+        current.record(Use(layer, x, get_gradient_edge(output)))
         if self.capture.wants_true_gradient(layer):
             # The closure holds no place in the graph, which would be a cycle and keep the graph alive.
             context, deliver = current.context, self.capture.receive_true_gradient
@@ -110,7 +110,7 @@ class HooksEngine:
         active = [layer for layer in layers if layer.active]
         for found in projections(active, inputs, output):
             use = Use(found.layer, arrangement(found, inputs[0]), GradientEdge(found.node, 0))
-            current.uses.append(use)
+            current.record(use)
             if self.capture.wants_true_gradient(found.layer):
                 self._listen_at(found.node, use._replace(edge=None), current.context)  # type: ignore[arg-type]
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ class FisherReader:
         decided: whether it is settled.
         empirical: whether true labels are used, by the settings or because no label can be drawn.
         processes: those that train the model together, where they are several: they settle everything alike.
+        scale: what the loss is known to be multiplied by before its backward pass, by a GradScaler.
+        blind: whether the last N was assumed, and says nothing of such a scale.
     """
 
     def __init__(self, config: Curvature) -> None:
@@ -35,6 +38,8 @@ class FisherReader:
         self.empirical = config.fisher == "empirical"
         self.noise = Noise(config.noise, config.ema)
         self.processes: Processes | None = None
+        self.scale: Tensor | None = None
+        self.blind = False
         self._drawn = 0  # random numbers that were taken since the processes last agreed
         self._loss_scale: Tensor | None = None  # predictions / N, of the last gradient that fitted the likelihood
         self._generators: dict[torch.device, torch.Generator] = {}
@@ -75,7 +80,7 @@ class FisherReader:
         reading = likelihood.read(f, gradient)
         if float(reading.misfit) > tolerance(f, gradient):
             return  # soft labels: nothing can be read
-        found = float(reading.predictions / reading.normaliser)
+        found = float(reading.predictions / reading.normaliser) / (1.0 if self.scale is None else float(self.scale))
         told = float(reading.predictions) if scale == "sum" else float(scale)
         if abs(found - told) > 0.01 * abs(told):
             raise invalid(
@@ -124,6 +129,10 @@ class FisherReader:
             trusted = (reading.misfit < tolerance(f, gradient)) & intact
             self._loss_scale = torch.where(trusted, reading.predictions / reading.normaliser, known)
             reading.normaliser = reading.predictions / self._loss_scale
+        assumed = scale is not None or isinstance(likelihood, Gaussian | Unread)
+        self.blind = assumed and self.scale is None
+        if assumed and self.scale is not None:
+            reading.normaliser = reading.normaliser / self.scale.to(reading.normaliser)
         if isinstance(likelihood, Gaussian):
             self.noise.begin(gradient)
             if self.noise.estimated:
@@ -248,7 +257,16 @@ class FisherReader:
         return self.noise.weights and code >= 0 and CODES[code][0] is Gaussian and "noise" not in state
 
     def load_state(self, state: dict[str, Tensor], device: torch.device) -> None:
-        self.generator(device).set_state(state["fisher_rng"].cpu())
+        generator, saved = self.generator(device), state["fisher_rng"].cpu()
+        if saved.shape == generator.get_state().shape:
+            generator.set_state(saved)
+        else:
+            generator.manual_seed(crc32(saved.numpy().tobytes()))
+            warnings.warn(
+                "the checkpoint is of another kind of device: the labels that the Fisher draws are others than there",
+                GRNGWarning,
+                stacklevel=2,
+            )
         code, decided, empirical = (int(v) for v in state["likelihood"])
         self.likelihood = None if code < 0 else CODES[code][0](CODES[code][1])
         self.decided, self.empirical = bool(decided), bool(empirical)

@@ -150,8 +150,9 @@ class Noise:
         return dict(zip(names, (self.value, self._count, self._floor), strict=True))
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        if "noise" in state and self.estimated and bool(state["noise"].any()):
+        if self.estimated:
+            known = "noise" in state and bool(state["noise"].any())
             self.value, self._count, self._floor = (
-                state[name].clone() for name in ("noise", "noise_count", "noise_floor")
+                state[name].clone() if known else None for name in ("noise", "noise_count", "noise_floor")
             )
         self.forget()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from grng.curvature.engines import Pair, Use
+    from grng.curvature.layers import Layer
 
 
 @dataclass
@@ -16,14 +17,20 @@ class Context:
     many samples came before it in the same step.
 
     `waiting` holds the pairs of the user's own backward pass that come before N: those of a layer whose output is the
-    model's. `closed` says that a backward pass has gone through.
+    model's. `calls` counts how often each layer was called, and `held` keeps the true gradients of those called several
+    times until all are there. `closed` says that a backward pass has gone through, `trains` of the backward pass `task`
+    whether it reaches parameters.
     """
 
     normaliser: Tensor | None = None
     batch: int | None = None
     offset: int = 0
     waiting: list["Pair"] = field(default_factory=list)
+    calls: dict["Layer", int] = field(default_factory=dict)
+    held: dict["Layer", list["Pair"]] = field(default_factory=dict)
     closed: bool = False
+    task: int | None = None
+    trains: bool = True
 
 
 @dataclass
@@ -34,6 +41,11 @@ class Pass:
     uses: list["Use"] = field(default_factory=list)
     inputs: dict[nn.Module, Tensor] = field(default_factory=dict)
     given: list[Tensor] = field(default_factory=list)  # the model's own inputs, of those that need a gradient
+
+    def record(self, use: "Use") -> None:
+        """A call of a layer."""
+        self.uses.append(use)
+        self.context.calls[use.layer] = self.context.calls.get(use.layer, 0) + 1
 
     def close(self, keep_graph: bool) -> None:
         """After a backward pass: its rows are counted, and nothing of it stays alive."""

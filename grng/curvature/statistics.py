@@ -1,7 +1,8 @@
 """What a preconditioner may ask of one use of a layer, given its rows."""
 
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -54,6 +55,9 @@ class Statistics(Protocol):
 
     def reduced(self) -> "Statistics":
         """One row a sample: inputs averaged, output gradients summed over the positions."""
+
+    def joined(self, others: Sequence[Any]) -> "Statistics":
+        """With those of further uses, by the same samples, as if all were positions of one."""
 
 
 class Origin:
@@ -116,6 +120,10 @@ class DenseStatistics(Origin):
         mean = (self.x * counts).sum(2, keepdim=True) / counts.sum(2, keepdim=True).clamp(min=1)
         return DenseStatistics(mean, self.e.sum(2, keepdim=True))
 
+    def joined(self, others: "Sequence[DenseStatistics]") -> "DenseStatistics":
+        parts = [self, *others]
+        return DenseStatistics(torch.cat([s.x for s in parts], 2), torch.cat([s.e for s in parts], 2))
+
 
 class UnitStatistics(DenseStatistics):
     """Statistics of a scale and shift, channel by channel: normalised input and output gradient (B, T, k).
@@ -135,6 +143,12 @@ class UnitStatistics(DenseStatistics):
 
     def magnitude(self) -> Tensor:
         return self._size
+
+    def joined(self, others: "Sequence[DenseStatistics]") -> "DenseStatistics":
+        """A sample's gradient is the sum of its gradients."""
+        parts = [self, *others]
+        counts = torch.stack([s.e for s in parts]).amax(0)
+        return DenseStatistics(torch.stack([s.x for s in parts]).sum(0), counts)
 
 
 class IndexStatistics(Origin):
@@ -192,6 +206,10 @@ class IndexStatistics(Origin):
 
     def reduced(self) -> "IndexStatistics":
         return self  # an average of one-hot rows is not one-hot: embeddings are always expanded
+
+    def joined(self, others: "Sequence[IndexStatistics]") -> "IndexStatistics":
+        parts = [self, *others]
+        return IndexStatistics(torch.cat([s.index for s in parts], 1), torch.cat([s.e for s in parts], 1), self.n_in)
 
 
 class SummedStatistics(Origin):

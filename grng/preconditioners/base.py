@@ -1,14 +1,17 @@
 """The preconditioner protocol: three methods, and stacked quantities that save and load themselves."""
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from grng.curvature import Batch, Curvature, Layer, Statistics
 from grng.distributed import Processes
+from grng.errors import invalid
 from grng.kernels import ema_
 
 
@@ -168,6 +171,20 @@ class Preconditioner(ABC):
     weighs_sums = False  # whether the gradient of the summed loss enters, as N times that of the loss
     takes_others = False  # whether parameters outside of layers are observed too, as layers that are `plain`
     every_step = False  # whether statistics are needed at every step, whatever `stats_every` says
+
+    _owner: Callable[[], Any] = staticmethod(lambda: None)  # a weak reference
+
+    def attach(self, optimizer: Any) -> None:
+        """Belong to an optimizer from now on; raise ValueError where it belongs to one that is still open."""
+        owner = self._owner()
+        if owner is not None and owner.open:
+            raise invalid(
+                "preconditioner",
+                self,
+                "an instance of its own for every optimizer",
+                "This one is another optimizer's, whose factors it would change: make a new one, or close that",
+            )
+        self._owner = weakref.ref(optimizer)
 
     def setup(self, groups: Sequence[Group], config: Curvature) -> None:
         """Called by the optimizer with the groups of layers; calls `allocate`."""

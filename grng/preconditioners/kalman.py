@@ -237,7 +237,7 @@ class Kalman(Preconditioner):
         for covariance, parts in pairs:
             covariance.commit(parts, root, valid)
         for seen in self.seen.stacks:
-            seen.copy_(torch.where(valid, (1 - self.gamma) * seen + self._batch.predictions, seen))
+            seen.copy_(torch.where(valid, (1 - self.gamma) * seen + self._batch.samples, seen))
         self._parts, self._open = [], False
 
     def _settle(self, valid: Tensor) -> None:

@@ -75,6 +75,7 @@ class FrontEnd:
         model: returns the model, for names, kinds and buffers; the DistributedDataParallel module for sync=False.
         paused: a context in which the optimizer captures no curvature.
         note: called with a parameter and its plain gradient where autograd's hooks do not see it.
+        scaled: called with what the loss is multiplied by, as far as that is known, before passes, and with None after.
     """
 
     def __init__(
@@ -84,11 +85,12 @@ class FrontEnd:
         model: Callable[[], nn.Module | None],
         paused: Paused = nullcontext,
         note: Note = lambda p, g: None,
+        scaled: Callable[[Tensor | None], None] = lambda scale: None,
     ) -> None:
         self.chain = as_chain(regularizers)
         self.method = next((part for part in self.chain if isinstance(part, Passes)), None)
         self.transforms = [part for part in self.chain if isinstance(part, Transform)]
-        self._groups, self._model, self._paused, self._note = groups, model, paused, note
+        self._groups, self._model, self._paused, self._note, self._scaled = groups, model, paused, note, scaled
         self._facts = Facts.of(model())  # once: a walk through the modules is longer than many a step
         self.t = 0
         self.ready = False  # p.grad holds what the passes of this step amount to
@@ -111,6 +113,9 @@ class FrontEnd:
             if part.needs_names and not all(self._parameters().names):
                 remedy = "Give model=model, or build the optimizer over model.named_parameters(), or rule='common'."
                 raise invalid("the parameters' names", "unknown", f"known for {part}", remedy)
+        if self.method is not None and any(group.get("maximize") for group in self._groups()):
+            remedy = f"{type(self.method).__name__} goes by what rises: negate the loss instead."
+            raise invalid("maximize", True, "False under a regularizer that takes passes", remedy)
         if self.method is not None and not self.method.sync and model is None:
             raise invalid("model", None, "the DistributedDataParallel module, for sync=False")
 
@@ -136,7 +141,7 @@ class FrontEnd:
         self._zeroed = self.ready = False
         if not replace:
             _clear(every.tensors)
-        with _put_back(every.tensors, before):
+        with _put_back(every.tensors, before), self._under(scale):
             if method is None or not method.acts(self.t):
                 one = Pass(every.tensors, [])
                 yield one
@@ -148,6 +153,14 @@ class FrontEnd:
                     for p, g in before.items():
                         p.grad = g if p.grad is None else p.grad + g
         self.ready, self.scale = True, scale
+
+    @contextmanager
+    def _under(self, scale: Tensor | None) -> Iterator[None]:
+        self._scaled(scale)
+        try:
+            yield
+        finally:
+            self._scaled(None)
 
     def _regularized(
         self, every: Parameters, method: Passes, scale: Tensor | None, before: ByParameter | None

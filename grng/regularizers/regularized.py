@@ -99,7 +99,8 @@ class Regularized(Optimizer):
         self._link()
         paused = getattr(base, "paused", nullcontext)
         note = getattr(base, "note_gradient", lambda p, gradient: None)
-        self._front = FrontEnd(regularizer, lambda: base.param_groups, lambda: model, paused, note)
+        scaled = getattr(base, "expect_scale", lambda scale: None)
+        self._front = FrontEnd(regularizer, lambda: base.param_groups, lambda: model, paused, note, scaled)
         if not self._front.chain:
             raise invalid("regularizer", regularizer, "a regularizer, or a list with at least one")
 
@@ -205,7 +206,8 @@ class Regularized(Optimizer):
             front.refuse_missing_passes()
             gradients = {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
             if scaled:
-                front.unscale_(self, list(gradients.values()))
+                scale = front.unscale_(self, list(gradients.values()))
+                getattr(self.base, "note_scale", lambda scale: None)(scale)
         with torch.no_grad():
             self._hand_on(front.transform(gradients), check=self.skip_nonfinite or scaled)
         front.finish()

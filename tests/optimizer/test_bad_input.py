@@ -478,3 +478,70 @@ def test_abandoned_backward_pass(method: Method, how: str) -> None:
             train(optimizer, model, batches[2:])
         ends.append(vector(model))
     assert torch.equal(*ends)
+
+
+def test_a_preconditioner_belongs_to_one_optimizer() -> None:
+    """Where shapes agree, as in an ensemble, both would write into the same factors."""
+    own = KFAC()
+    first = GRNG(mlp(4, 3), "ring", preconditioner=own)
+    with pytest.raises(ValueError, match="preconditioner must be an instance of its own for every optimizer"):
+        GRNG(mlp(4, 3), "ring", preconditioner=own)
+    first.close()
+    GRNG(mlp(4, 3), "ring", preconditioner=own).close()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("idle", [0, 1])
+def test_a_group_without_gradients(idle: int, momentum: float) -> None:
+    """Frozen, or of a branch that takes no part: it stays where it is, and the others move."""
+    model = mlp(4, 5, 3)
+    layers = [model[0], model[2]]
+    groups = [{"params": list(layer.parameters())} for layer in layers]
+    optimizer = GRNG(model, "ring", params=groups, weight_decay=1e-3, momentum=momentum)
+    layers[idle].requires_grad_(False)
+    before = [vector(layer) for layer in layers]
+    train(optimizer, model, stream(3))
+    assert torch.equal(before[idle], vector(layers[idle]))
+    assert not torch.equal(before[1 - idle], vector(layers[1 - idle]))
+
+
+class Bare(nn.Module):
+    """A model without layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(4, 3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.w
+
+
+def test_damping_by_the_loss_without_layers() -> None:
+    model = Bare()
+    optimizer = GRNG(model, "kfac", curvature=Curvature(damping="levenberg-marquardt"))
+    for batch in stream(11):
+        optimizer.step(closure_of(optimizer, model, [batch]))
+    assert torch.isfinite(vector(model)).all()
+
+
+@pytest.mark.parametrize("fixed", ["rho and floor", "rho", "nothing"])
+def test_no_look_at_values_in_later_steps(fixed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU each makes the host wait."""
+    settings = {
+        "rho and floor": {"rho": 0.01, "curvature": Curvature(damping=0.1)},
+        "rho": {"rho": 0.01},
+        "nothing": {},
+    }[fixed]
+    model = mlp(4, 5, 3)
+    optimizer = GRNG(model, "kalman", **settings)  # type: ignore[arg-type]
+    train(optimizer, model, stream(12))
+    looked = []
+    for name in ("__bool__", "__float__", "__int__", "item", "tolist"):
+        plain = getattr(Tensor, name)
+        monkeypatch.setattr(Tensor, name, lambda self, plain=plain, name=name: looked.append(name) or plain(self))
+    for x, y in stream(5):
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+    monkeypatch.undo()
+    assert looked == []

@@ -8,11 +8,12 @@ import pytest
 import torch
 from grng.kernels.precision import MATMULS
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss, one_hot
 
 from grng import GRNG, Curvature
 from grng.curvature import Batch, Layer, Statistics
 from grng.preconditioners import Preconditioner
+from grng.regularizers import ClipNorm, Regularized
 
 from .cases import ONE_PASS, Method, methods, mixed, mlp, relative, stream, tensors_of, vector
 
@@ -21,6 +22,63 @@ HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str
 FACTORS = ("Lambda", "Gamma", "second", "fisher", "p", "P_in", "P_out")
 SCALES = {"reng-double": 16.0}  # two derivatives of a scaled loss leave float16 sooner
 EXACT = Curvature(fisher="exact", stats_every=1)  # drawn labels would hang on the last bit of the outputs
+
+
+def squared(f: Tensor, y: Tensor) -> Tensor:
+    return mse_loss(f, one_hot(y, f.shape[1]).to(f.dtype))
+
+
+def smoothed(f: Tensor, y: Tensor) -> Tensor:
+    return cross_entropy(f, y, label_smoothing=0.1)
+
+
+READ: dict[str, tuple[str, Any, Curvature, bool]] = {  # variant, loss, curvature; whether a plain scaler.step() can do
+    "kalman": ("kalman", cross_entropy, Curvature(), True),
+    "kalman of a squared error": ("kalman", squared, Curvature(), False),
+    "kalman of a variance": ("kalman", squared, Curvature(noise=0.3), True),
+    "kalman of an estimated variance": ("kalman", squared, Curvature(noise="scalar"), False),
+    "kalman of another loss": ("kalman", smoothed, Curvature(), False),
+    "ring of a squared error": ("ring", squared, Curvature(), True),
+    "ring by true labels": ("ring", squared, Curvature(fisher="empirical"), False),
+    "ring by true labels of classes": ("ring", cross_entropy, Curvature(fisher="empirical"), True),
+    "ring of another loss": ("ring", smoothed, Curvature(), False),
+    "ekfac of another loss": ("ekfac", smoothed, Curvature(), False),
+    "kalman told of its scale": ("kalman", squared, Curvature(loss_scale=1.0), False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:GRNG uses the empirical Fisher")
+@pytest.mark.parametrize("size", [1, 6])
+@pytest.mark.parametrize("around", [False, True], ids=["alone", "regularized"])
+@pytest.mark.parametrize("case", READ)
+def test_the_scale_of_the_loss_does_not_matter(case: str, around: bool, size: int) -> None:
+    """As without one where it can be told, refused with the remedy where not: N is read off the scaled gradient of some
+    losses, and assumed of others."""
+    variant, loss, curvature, plain = READ[case]
+
+    def train(way: str) -> Tensor:
+        torch.manual_seed(0)
+        model = mlp(4, 5, 3)
+        own = GRNG(model, variant, curvature=curvature)
+        optimizer = Regularized(own, ClipNorm(1e9)) if around else own
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=way != "none")
+        before = vector(model)
+        for x, y in stream(4, B=size):
+            optimizer.zero_grad()
+            for each in optimizer.passes(scaler) if way == "passes" else [nullcontext()]:
+                with each:
+                    scaler.scale(loss(model(x), y)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        return vector(model) - before
+
+    expected = train("none")
+    assert relative(train("passes"), expected) < 1e-9
+    if plain:
+        assert relative(train("plain"), expected) < 1e-9
+    else:
+        with pytest.raises(RuntimeError, match=r"take the pass by `for each in optimizer.passes\(scaler\):`"):
+            train("plain")
 
 
 class Loop:
@@ -227,3 +285,39 @@ def test_factor_products_are_not_rounded(setting: str, fisher: Any) -> None:
             cross_entropy(model(x), y).backward()
         assert [matmul.fp32_precision for matmul in MATMULS] == mine
     assert torch.get_float32_matmul_precision() == setting
+
+
+class TwoPrecisions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = nn.Linear(3, 3, dtype=torch.bfloat16), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.high(self.low(x.bfloat16()).float())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_weights_of_every_precision_decay(order: int) -> None:
+    """By the same factor, whichever comes first in their group."""
+    model = TwoPrecisions()
+    params = [p for layer in list(model.children())[::order] for p in layer.parameters()]
+    optimizer = GRNG(model, "ring", params=params, lr=0.1, weight_decay=0.01, fallback_lr=0.0)
+    before = model.high.weight.detach().clone()
+    (0 * model(torch.randn(5, 3)).sum()).backward()
+    optimizer.step()
+    torch.testing.assert_close(model.high.weight.detach(), before * (1 - 0.001), rtol=1e-6, atol=0)
+
+
+def test_what_the_scale_keeps_alive_in_float16_is_not_lost() -> None:
+    """Unscaled in place, gradients of 1e-7 would be zero."""
+    model = mlp(4, 5, 3, dtype=torch.float16)
+    optimizer = GRNG(model, "kfac", curvature=Curvature(damping=1e-18, relative_to="model"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    for x, y in stream(2, dtype=torch.float16):
+        optimizer.zero_grad()
+        scaler.scale(1e-7 * cross_entropy(model(x), y)).backward()
+        size = torch.stack([p.grad.float().norm() for p in model.parameters()]).norm() / scaler.get_scale()  # type: ignore[union-attr]
+        scaler.step(optimizer)
+        scaler.update()
+    assert float(optimizer.diagnostics["grad_norm"]) == pytest.approx(float(size), rel=1e-3)
+    assert size > 0

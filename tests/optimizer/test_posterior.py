@@ -112,14 +112,19 @@ def test_saved_and_loaded(covariance: Any) -> None:
     loaded.close()
 
 
+@pytest.mark.parametrize("C", [1, 3, 8])
+@pytest.mark.parametrize("kind", ["categorical", "gaussian", "bernoulli"])
 @pytest.mark.parametrize("gamma", [0.0, 0.1])
-def test_seen(gamma: float) -> None:
-    """n_eff: the samples whose information the covariance holds."""
-    model = mlp(4, 3)
+def test_seen(gamma: float, kind: str, C: int) -> None:
+    """n_eff: the samples whose information the covariance holds, of however many outputs each."""
+    model = mlp(4, max(C, 2) if kind == "categorical" else C)
+    loss = {"categorical": cross_entropy, "gaussian": mse_loss, "bernoulli": binary_cross_entropy_with_logits}[kind]
     with GRNG(model, "kalman", preconditioner=Kalman(gamma=gamma)) as optimizer:
         expected = 0.0
-        for batch in stream(5, B=6):
-            train(optimizer, model, [batch])
+        for x, y in stream(5, B=6, C=2):
+            optimizer.zero_grad()
+            loss(model(x), y if kind == "categorical" else y.to(x).unsqueeze(1).expand(-1, C).contiguous()).backward()
+            optimizer.step()
             expected = (1 - gamma) * expected + 6
         assert optimizer.posterior.seen == pytest.approx(expected, rel=1e-12)
 

@@ -1,13 +1,15 @@
 """A run that was saved and resumed equals one that was not, to the bit, at every phase between refreshes."""
 
 import io
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
-from grng import GRNG, Curvature
+from grng import GRNG, Curvature, GRNGWarning
 
 from .cases import METHODS, Method, Transformer, cnn, methods, mixed, mlp, stream, tensors_of, train, vector
 
@@ -252,3 +254,54 @@ def test_state_dict_is_stable() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
     states = run.optimizer.state_dict()["state"].values()
     assert all(isinstance(value, Tensor) for state in states for value in state.values())
+
+
+class Scored(nn.Module):
+    """A squared error's model: the filter estimates its noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp(4, 5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("noise", ["scalar", "diagonal", "full"])
+@pytest.mark.parametrize("at", [0, 1, 5])
+def test_rolling_back(at: int, noise: str) -> None:
+    """An optimizer that has gone on is taken back to a checkpoint of its own, also to one of before its first step."""
+    model = Scored()
+    optimizer = GRNG(model, "kalman", curvature=Curvature(noise=noise))
+    batches = [(x, torch.stack([x.sum(1), x[:, 0] ** 2], 1)) for x, _ in stream(12)]
+
+    def run(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+        for x, y in parts:
+            optimizer.zero_grad()
+            mse_loss(model(x), y).backward()
+            optimizer.step()
+        return vector(model)
+
+    run(batches[:at])
+    saved = deepcopy((model.state_dict(), optimizer.state_dict()))
+    first = run(batches[at:])
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    assert torch.equal(run(batches[at:]), first)
+
+
+@pytest.mark.parametrize("size", [16, 9000])
+def test_a_checkpoint_of_another_kind_of_device(size: int) -> None:
+    """Where the state of the generator is of another size, its labels are drawn anew, and the user is told."""
+    model = mlp(4, 3)
+    optimizer = GRNG(model, "ring")
+    train(optimizer, model, stream(2))
+    saved = deepcopy(optimizer.state_dict())
+    first = next(iter(saved["state"].values()))
+    first["fisher_rng"] = torch.arange(size).to(torch.uint8)
+    other = mlp(4, 3)
+    loaded = GRNG(other, "ring")
+    with pytest.warns(GRNGWarning, match="the checkpoint is of another kind of device"):
+        loaded.load_state_dict(saved)
+    train(loaded, other, stream(2))
+    assert loaded.state_dict()["state"][0]["grng_steps"] == 4

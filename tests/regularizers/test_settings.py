@@ -107,6 +107,17 @@ def test_bases_are_refused() -> None:
         reng.step(closure_of(reng, model, stream(1)))
 
 
+@pytest.mark.parametrize("rule", [SAM(0.1), GNP(0.1), Explicit(0.1)])
+def test_what_is_maximised_is_refused(rule: Any) -> None:
+    """Their displacement goes up the loss: down what is maximised."""
+    model = mlp(4, 3)
+    with pytest.raises(
+        ValueError, match=r"maximize must be False under a regularizer that takes passes.*negate the loss"
+    ):
+        Regularized(torch.optim.SGD(model.parameters(), lr=0.1, maximize=True), rule, model=model)
+    Regularized(torch.optim.SGD(model.parameters(), lr=0.1, maximize=True), AGR(), model=model)
+
+
 def test_groups_are_checked_when_they_are_added() -> None:
     first, second = (nn.Parameter(torch.zeros(2)) for _ in range(2))
     optimizer = Regularized(sgd(first), GNP())
