@@ -115,7 +115,7 @@ def paired_ratio(own: Sequence[float], theirs: Sequence[float], level: float = 0
     Exchanged, the two have the reciprocal ratio.
 
     >>> print(paired_ratio([1.0, 1.1, 0.9, 1.0, 1.1, 1.0], [2.0] * 6))
-    0.50 (0.45 to 0.55)
+    0.50 (0.47 to 0.55)
     >>> print(paired_ratio([1.0, 1.1, math.inf], [2.0, 2.0, math.inf]))
     0.52: too few pairs
 

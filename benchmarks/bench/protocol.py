@@ -21,7 +21,7 @@ from .search import Search
 from .spaces import ROSTER, SETTERS, TARGETS_BY, Contestant
 from .store import Store
 from .targets import Target, best_trial, read_targets, target_of
-from .trial import LR_WARMUP, Outcome, Trial, run_trial
+from .trial import LR_WARMUP, Outcome, Trial, at_length, run_trial
 
 TARGET_STUDY = 100  # of the search that sets the targets: other points than those of the scored one
 WRITTEN_FROM = 2000  # steps: shorter runs write their files when they end
@@ -292,7 +292,8 @@ class Job:
             with torch.random.fork_rng(devices=[]):
                 model = task.model()
             try:
-                optimizer = make_optimizer(optimizer_of(trial.optimizer), model, **trial.settings)
+                settings = at_length(trial.settings, trial.steps(self.known[trial.workload]))
+                optimizer = make_optimizer(optimizer_of(trial.optimizer), model, **settings)
             except (TypeError, ValueError, ImportError) as error:
                 raise InputError(
                     f"optimizer {trial.optimizer!r} cannot be built with {dict(trial.settings)}: {error}"

@@ -187,7 +187,8 @@ def _train(
     model = task.model().to(device)
     outcome.parameters = sum(p.numel() for p in model.parameters())
     outcome.init_hash = fingerprint_of(*model.state_dict().values())
-    make = lambda model: make_optimizer(optimizer_of(trial.optimizer), model, **trial.settings)  # noqa: E731
+    settings = at_length(trial.settings, steps)
+    make = lambda model: make_optimizer(optimizer_of(trial.optimizer), model, **settings)  # noqa: E731
     first = next(task.batches(trial.seed))
     warm_up(model, make, task.loss, first, workload.schedule, lambda model: task.evaluate(model, "validation"))
     torch.manual_seed(trial.seed)
@@ -233,6 +234,21 @@ def _train(
             if diagnosis:
                 with unwatched(optimizer):
                     outcome.diagnosis = diagnosis.sharpness(model)
+
+
+def at_length(settings: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """The settings of a run of so many steps: a regularizer's `warmup_part` is its `warmup_steps` as a part of them.
+
+    >>> at_length({"lr": 0.1, "gnp": {"warmup": "zero", "warmup_part": 0.1}}, 200)
+    {'lr': 0.1, 'gnp': {'warmup': 'zero', 'warmup_steps': 20}}
+    """
+    found = dict(settings)
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and "warmup_part" in value:
+            own = dict(value)
+            part = own.pop("warmup_part")
+            found[name] = own | {"warmup_steps": max(1, round(part * steps))}
+    return found
 
 
 def unwatched(optimizer: Any) -> AbstractContextManager[Any]:

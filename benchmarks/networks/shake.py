@@ -4,6 +4,7 @@ Shake-Shake (Gastaldi 2017):            y = x + a f1(x) + (1 - a) f2(x);  a in [
 ShakeDrop (Yamada, Iwamura & Kise 2018): y = x + (c + a - c a) f(x);  a in [-1, 1], in the backward pass b in [0, 1].
 
 c is 1 with the probability p of the block and else 0. In evaluation every coefficient is its expectation: 1/2, and p.
+With `true_gradient` both directions have the forward one's: GNP's first pass asks for it, as its authors' code does.
 """
 
 from typing import Any
@@ -43,15 +44,21 @@ def draw(x: Tensor, low: float = 0.0) -> Tensor:
 class ShakeShake(nn.Module):
     """The mixture of two residuals."""
 
+    true_gradient = False
+
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         if not self.training:
             return (first + second) / 2
-        a, b = draw(first), draw(first)
+        a, b = draw(first), draw(first)  # both in any case, so that every pass takes as many random numbers
+        if self.true_gradient:
+            b = a
         return Scale.apply(first, a, b) + Scale.apply(second, 1 - a, 1 - b)
 
 
 class ShakeDrop(nn.Module):
     """A residual that is sometimes disturbed; `keep` is the probability p that it is not."""
+
+    true_gradient = False
 
     def __init__(self, keep: float) -> None:
         super().__init__()
@@ -60,8 +67,8 @@ class ShakeDrop(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return self.keep * x
-        kept = draw(x) < self.keep
-        return Scale.apply(x, torch.where(kept, 1.0, draw(x, -1.0)), torch.where(kept, 1.0, draw(x)))
+        kept, a, b = draw(x) < self.keep, draw(x, -1.0), draw(x)
+        return Scale.apply(x, torch.where(kept, 1.0, a), torch.where(kept, 1.0, a if self.true_gradient else b))
 
     def extra_repr(self) -> str:
         return f"keep={self.keep:g}"

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ..data import standardise
 from ..networks.cait import CaiT
 from ..networks.pyramidnet import PyramidNet
-from ..networks.resnet import WideResNet, resnet18
+from ..networks.resnet import WideResNet, resnet18, resnet50
 from ..networks.shake import ShakeShakeNet, shakedrop_pyramidnet
 from ..networks.swin import swin_t
 from ..networks.vgg import vgg16bn
@@ -33,6 +33,7 @@ DROPOUT = 0.1  # of ViT in the recipes of GNP (Zhao, Zhang & Hu 2022)
 # about ten minutes of AdamW on one H200 GPU in float32 (convolutions in TF32), but no more than 200 epochs.
 NETWORKS: dict[str, tuple[str, Callable[[int], nn.Module], int, int]] = {
     "resnet18": ("ResNet-18", resnet18, 128, 60_000),
+    "resnet50": ("ResNet-50", resnet50, 128, 22_000),
     "wrn16-4": ("WRN-16-4", partial(WideResNet, 16, 4), 128, 70_000),
     "wrn28-10": ("WRN-28-10", partial(WideResNet, 28, 10), 128, 14_000),
     "vgg16bn": ("VGG-16 with BatchNorm", vgg16bn, 128, 70_000),

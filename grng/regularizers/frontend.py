@@ -92,6 +92,7 @@ class FrontEnd:
         self.transforms = [part for part in self.chain if isinstance(part, Transform)]
         self._groups, self._model, self._paused, self._note, self._scaled = groups, model, paused, note, scaled
         self._facts = Facts.of(model())  # once: a walk through the modules is longer than many a step
+        self._disturbed = [m for m in getattr(model(), "modules", list)() if hasattr(m, "true_gradient")]
         self.t = 0
         self.ready = False  # p.grad holds what the passes of this step amount to
         self.scale: Tensor | None = None  # what they were told that the loss was multiplied by
@@ -173,7 +174,7 @@ class FrontEnd:
             return [] if method.sync else [unsynchronised(model)]
 
         around = method.first_pass(every, model, self._note, t)
-        one = Pass(params, [*local(), around.context()])
+        one = Pass(params, [*local(), around.context(), true_gradients(self._disturbed if signs else [])])
         yield one
         if before and not self._zeroed and any(p.grad is g for p, g in before.items()):
             raise RuntimeError(
@@ -361,6 +362,20 @@ def under_scaler(optimizer: Any, closure: Closure | None) -> Iterator[bool]:
         for name in ("found_inf", "grad_scale"):  # the scaler does not take them away from a step that raised
             optimizer.__dict__.pop(name, None)
         raise
+
+
+@contextmanager
+def true_gradients(modules: list[nn.Module]) -> Iterator[None]:
+    """Modules that hand on another gradient than that of what they computed (Shake-Shake), and have a switch
+    `true_gradient`, hand on the true one within: what the weights are displaced along is the loss's gradient."""
+    before = [module.true_gradient for module in modules]
+    try:
+        for module in modules:
+            module.true_gradient = True  # type: ignore[assignment]
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.true_gradient = value
 
 
 def measured(

@@ -17,12 +17,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from grng.regularizers import GNP, Regularized
+
 CLASSES = 5
 
 # Counts of torchvision's pages (ResNet for ImageNet, Swin), of timm (ViT, CaiT), of pytorchcv's tables (WRN-28-10,
-# PyramidNet, Shake-Shake), of NeuralFuse's table of CIFAR nets (ResNet-18, VGG-16), of reproductions (WRN-16-4).
+# PyramidNet, Shake-Shake), of NeuralFuse's table of CIFAR nets (ResNet-18, VGG-16), of reproductions (the rest).
 SIZES = {
     "resnet18": (lambda: resnet18(10), 11_173_962),
+    "resnet50": (lambda: resnet50(10), 23_520_842),
     "resnet18-large": (lambda: resnet18(1000, large=True), 11_689_512),
     "resnet50-large": (lambda: resnet50(1000, large=True), 25_557_032),
     "wrn16-4": (lambda: WideResNet(16, 4, 10), 2_748_890),
@@ -132,6 +135,54 @@ def test_shake_shake_draws_for_every_sample_and_for_each_direction():
         assert 0 <= drawn.min() < 0.1 < 0.9 < drawn.max() <= 1
         assert len(drawn.unique()) == 64
     assert torch.corrcoef(torch.stack([forward, backward]))[0, 1].abs() < 0.3
+
+
+@pytest.mark.parametrize("module", [ShakeShake, lambda: ShakeDrop(0.4)], ids=["Shake-Shake", "ShakeDrop"])
+@pytest.mark.parametrize("size", [1, 64])
+def test_the_true_gradient_is_that_of_what_was_computed(module, size):
+    """And takes as many random numbers, so that GNP's passes go through one function."""
+    module = module()
+    inputs = [torch.randn(size, 2, 3, 3, requires_grad=True) for _ in range(1 + isinstance(module, ShakeShake))]
+    found = []
+    for module.true_gradient in (False, True):
+        torch.manual_seed(0)
+        y = module(*inputs)
+        found.append((y.detach(), torch.autograd.grad(y.sum(), inputs[0])[0], torch.rand(())))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][2], found[1][2])
+    y, gradient, _ = found[1]
+    expected = sum(g * x.detach() for g, x in zip(gradients(module, inputs), inputs, strict=True))
+    torch.testing.assert_close(expected, y, rtol=1e-4, atol=1e-5)
+    if size > 1:
+        assert not torch.equal(gradient, found[0][1])
+
+
+def gradients(module, inputs):
+    torch.manual_seed(0)
+    return torch.autograd.grad(module(*inputs).sum(), inputs)
+
+
+def test_gnp_goes_along_the_true_gradient_of_a_shaken_net():
+    """Its first pass alone; the switch is put back, also after an exception."""
+    model, seen = TINY["shake-shake"](), []
+    shaken = [m for m in model.modules() if isinstance(m, ShakeShake)]
+    optimizer = Regularized(torch.optim.SGD(model.parameters(), lr=0.01), GNP(0.1, alpha=0.8), model=model)
+    x, y = torch.randn(4, 3, 32, 32), torch.randint(CLASSES, (4,))
+
+    def closure():
+        optimizer.zero_grad()
+        seen.append({m.true_gradient for m in shaken})
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return loss
+
+    optimizer.step(closure)
+    assert seen == [{True}, {False}]
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    assert not any(m.true_gradient for m in shaken)
 
 
 def test_shake_shake_in_evaluation_is_the_mean():

@@ -9,6 +9,7 @@ from grng.benchmarks import CompareConfig
 from grng.benchmarks.bench import DEFAULT_OPTIMIZERS, Job, workloads_of
 from grng.benchmarks.bench.recipes import read_bench_recipe
 from grng.benchmarks.bench.roster import contestant_of
+from grng.benchmarks.bench.trial import at_length
 from grng.benchmarks.config import read_recipe
 from grng.benchmarks.loop import Stepper, closing
 from grng.benchmarks.models import build_model
@@ -27,7 +28,8 @@ RUNS = [
 
 def test_there_are_recipes():
     assert {"regularizers-digits", "regularizers-fashion", "regularizers-cost"} <= {r.stem for r in RECIPES}
-    assert {"gnp-cifar10", "gnp-imagenet", "gnp-vit-cifar10", "agr-cifar100", "agr-ddpm", "fast"} <= {
+    known = {"gnp-cifar10", "gnp-shake", "gnp-imagenet", "gnp-vit-cifar10", "agr-cifar100", "agr-ddpm", "agr-albert"}
+    assert known | {"grng-glue", "grng-cifar10", "deepobs-fmnist", "deepobs-cifar10", "fast", "full"} == {
         r.stem for r in BENCH
     }
 
@@ -73,7 +75,7 @@ def test_every_recipe_of_the_bench_is_one(recipe, tmp_path):
         model, x, y = torch.nn.Linear(6, 3), torch.randn(8, 6), torch.randint(3, (8,))
         settings, horizon = job.best([], workloads[0], contestant_of(name))
         assert horizon == 1
-        with closing(make_optimizer(optimizer_of(name), model, **settings)) as optimizer:
+        with closing(make_optimizer(optimizer_of(name), model, **at_length(settings, 100))) as optimizer:
             loss = lambda model, batch: torch.nn.functional.cross_entropy(model(batch[0]), batch[1])  # noqa: E731
             step = Stepper(model, optimizer, loss)
             assert all(step((x, y)).isfinite() for _ in range(3))
