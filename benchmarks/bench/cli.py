@@ -42,6 +42,9 @@ def add_bench(app: "typer.Typer") -> None:
     Budget = Annotated[float | None, typer.Option(help="Times every workload's steps: 0.1 for a first look.")]
     Sets = Annotated[list[str] | None, typer.Option("--set", help="A setting, as adamw.lr=1e-3; repeatable.")]
     Recipe = Annotated[Path | None, typer.Option(help="TOML file of these options; those given here win.")]
+    Aim = Annotated[
+        str | None, typer.Option(help="time: first at the target; value: best at the full length. [default: time]")
+    ]
     Clock = Annotated[str, typer.Option(help="seconds, cpu_seconds, step or evaluations.")]
 
     def job(
@@ -81,6 +84,7 @@ def add_bench(app: "typer.Typer") -> None:
         budget: Budget = None,
         sets: Sets = None,
         recipe: Recipe = None,
+        aim: Aim = None,
         clock: Annotated[
             str | None, typer.Option(help="What the best setting is chosen by. [default: seconds]")
         ] = None,
@@ -89,7 +93,7 @@ def add_bench(app: "typer.Typer") -> None:
     ) -> None:
         """Run seeds at given settings, at the best of a search in the same folder, or at the defaults."""
         with refusals("run"):
-            options = {"device": device, "threads": threads, "budget": budget, "clock": clock}
+            options = {"device": device, "threads": threads, "budget": budget, "clock": clock, "aim": aim}
             made, protocol = job(recipe, out, workload, optimizer, tier, data, sets, **options)
             outcomes = made.run(seeds or protocol.get("seeds", 10), diagnose, default_listener(out, log))
             conclude(made.store, outcomes)
@@ -108,11 +112,12 @@ def add_bench(app: "typer.Typer") -> None:
         budget: Budget = None,
         sets: Sets = None,
         recipe: Recipe = None,
+        aim: Aim = None,
         log: Annotated[str | None, typer.Option(help="tensorboard or wandb, where installed.")] = None,
     ) -> None:
         """Search the published spaces: the same number of quasi-random trials for everybody, none of them pruned."""
         with refusals("tune"):
-            options = {"device": device, "threads": threads, "budget": budget}
+            options = {"device": device, "threads": threads, "budget": budget, "aim": aim}
             made, protocol = job(recipe, out, workload, optimizer, tier, data, sets, **options)
             studies, trials = studies or protocol.get("studies", 3), trials or protocol.get("trials", 5)
             conclude(made.store, made.tune(studies, trials, default_listener(out, log)))

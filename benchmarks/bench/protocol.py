@@ -26,6 +26,7 @@ from .trial import LR_WARMUP, Outcome, Trial, at_length, run_trial
 TARGET_STUDY = 100  # of the search that sets the targets: other points than those of the scored one
 WRITTEN_FROM = 2000  # steps: shorter runs write their files when they end
 CLOCKS = ("seconds", "cpu_seconds", "step", "evaluations")
+AIMS = ("time", "value")
 
 
 class Listener:
@@ -53,6 +54,8 @@ class Job:
         lr_warmup: part of every run over which the learning rate rises.
         settings: by the optimizer's name, over what is found otherwise.
         clock: what "fastest" is measured by when the best setting is chosen.
+        aim: "time": lengths are searched, and the best trial is the first at the target; "value": all run at the full
+            length, and the best is that of the best value.
         targets: by workload; None: the frozen ones.
     """
 
@@ -66,6 +69,7 @@ class Job:
     lr_warmup: float = LR_WARMUP
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     clock: str = "seconds"
+    aim: str = "time"
     targets: Mapping[str, Target] | None = None
 
     def __post_init__(self) -> None:
@@ -78,6 +82,7 @@ class Job:
             raise InputError(f"lr_warmup is {self.lr_warmup!r}: give a part of the run, 0 or more and below 1")
         if self.clock not in CLOCKS:
             raise InputError(f"unknown clock {self.clock!r}: choose one of {', '.join(CLOCKS)}")
+        choose("aim", self.aim, AIMS)
         self.resolved = resolve_device(self.device)
         if type(self.threads) is not int or self.threads < 1:
             raise InputError(f"threads is {self.threads!r}: give a whole number of 1 or more")
@@ -113,7 +118,7 @@ class Job:
         """Search: trial by trial, study by study, workload by workload, everybody in turn."""
         plan = [(s, n) for s in range(studies) for n in range(trials)]
         searching = [contestant for contestant in self.contestants if contestant.name not in SETTERS]
-        return self._search(plan, searching, listener or Listener())
+        return self._search(plan, searching, listener or Listener(), 1.0 if self.aim == "value" else None)
 
     def run(self, seeds: int = 10, diagnose: bool = True, listener: Listener | None = None) -> list[Outcome]:
         """Every optimizer at its best setting, seed by seed: the same weights and batches for all."""
@@ -164,8 +169,8 @@ class Job:
     def best(self, outcomes: Sequence[Outcome], workload: str, contestant: Contestant) -> tuple[dict[str, Any], float]:
         """Settings and horizon for the seeds: given ones, else the best of the search, else the defaults.
 
-        The best reached the target first; where none did, it came to the best value. Trials of another length do not
-        count. Who set the target has the settings that it did so with.
+        The best reached the target first; where none did, or where the aim is the value, it came to the best value.
+        Trials of another length do not count. Who set the target has the settings that it did so with.
         """
         given, horizon = self._given(contestant)
         length = self.budget, self.lr_warmup
@@ -180,7 +185,7 @@ class Job:
             and o.trial["study"] != TARGET_STUDY
         ]
         alike = [o for o in tuned if (o.trial["budget"], o.trial["lr_warmup"]) == length]
-        chosen = best_of(alike, self.target(workload), self.clock)
+        chosen = best_of(alike, self.target(workload) if self.aim == "time" else None, self.clock)
         if tuned and chosen is None and not given:
             raise InputError(
                 f"{self.store.out} holds a search of {contestant.name!r} on {workload!r} at another length than budget "

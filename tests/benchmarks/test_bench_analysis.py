@@ -1,4 +1,4 @@
-"""What runs come to, by hand and against AlgoPerf's scoring written anew on the files."""
+"""What runs come to, by hand, and against AlgoPerf's scoring: written anew, and what its own code gave."""
 
 import csv
 import math
@@ -10,6 +10,7 @@ from grng.benchmarks.bench import Store, Trial
 from grng.benchmarks.bench.analysis import analyse, best_until, iqm_of, spread, total
 from grng.benchmarks.bench.protocol import TARGET_STUDY
 from grng.benchmarks.errors import InputError
+from grng.benchmarks.statistics import profile
 
 from .bench_tools import made, target
 
@@ -266,12 +267,14 @@ def written(store):
         goal = "min" if workload == "two" else "max"
         for o, optimizer in enumerate(NAMES):
             for study in range(STUDIES):
+                pace = float(
+                    rng.uniform(0.5, 1.5)
+                )  # one a study: AlgoPerf's code takes the trial of fewest evaluations
                 for number in range(TUNED):
                     speed, top = rng.uniform(0.05, 0.5) * (1 + 0.5 * o), rng.uniform(0.8, 1.05)
                     top = 0.5 if (w, o) == (2, 2) else top
                     curve = top * (1 - np.exp(-speed * np.arange(1, 30)))
                     values = [float(v) for v in (1 - curve if goal == "min" else curve)]
-                    pace = float(rng.uniform(0.5, 1.5))
                     place = {"phase": "tune", "study": study, "number": number, "seed": 10 * study + number}
                     made_up = made(workload, optimizer, values, pace=pace, goal=goal, **place)
                     store.write(Trial(**made_up.trial), made_up)
@@ -302,6 +305,24 @@ def algoperf(out, goals, count):
     tau = np.linspace(1, 4, count)
     area = [np.trapezoid(sum((r <= tau).astype(float) for r in row) / len(row), tau) / 3 for row in ratios]
     return table, dict(zip(NAMES, area, strict=True))
+
+
+# What AlgoPerf's own scoring (github.com/mlcommons/submissions_algorithms, commit 05f7967) makes of the files of
+# `written`: time to target, by NAMES and WORKLOADS, and the scores, of a profile at 100 points.
+THEIR_TIMES = [[5.270843, 5.637818, 5.797519], [3.101498, 3.504472, 3.658965], [2.701802, 2.615643, INF]]
+THEIR_SCORES = {"kalman": 0.6986531986531986, "adamw": 0.946127946127946, "soap": 0.6666666666666657}
+
+
+def test_the_score_is_what_their_code_gives(tmp_path):
+    store = Store(tmp_path)
+    goals = written(store)
+    found = analyse(store.outcomes(), goals, "seconds")
+    for i, workload in enumerate(WORKLOADS):
+        assert found.tuned[workload] == pytest.approx({n: t[i] for n, t in zip(NAMES, THEIR_TIMES, strict=True)})
+    tau = np.linspace(1.0, 4.0, 100)
+    area = {name: np.trapezoid(values, tau) / 3 for name, values in profile(found.tuned, tau).items()}
+    assert area == pytest.approx(THEIR_SCORES, abs=1e-12)
+    assert found.tuned_scores() == pytest.approx(THEIR_SCORES, abs=1 / 99), "the same without a grid"
 
 
 def test_the_score_is_that_of_algoperf(tmp_path):

@@ -37,6 +37,7 @@ BAD = [
     ({"settings": {"soap": {"lr": 1}}}, "settings for 'soap', which takes no part: choose adamw"),
     *(({"lr_warmup": part}, f"lr_warmup is {part!r}: give a part of the run") for part in (-0.1, 1, float("nan"))),
     ({"threads": 0}, "threads is 0: give a whole number of 1 or more"),
+    ({"aim": "both"}, "unknown aim 'both': choose one of time, value"),
     *(
         ({"settings": {"adamw": {"horizon": part}}}, f"the horizon of 'adamw' is {part!r}: give the part of the budget")
         for part in (0, -1.0, 1.5, "abc", True, float("nan"))

@@ -214,6 +214,25 @@ def test_who_set_a_target_runs_there_with_its_setting(tmp_path):
 
 
 @pytest.mark.usefixtures("small")
+def test_the_value_at_the_full_length(tmp_path):
+    """Every trial has the whole budget, and the best in the end is chosen, not the first at the target."""
+    goals = {"small": target("small", 0.1)}
+    job = Job(["small"], PAIR, tmp_path, aim="value", targets=goals)
+    tuned = job.tune(2, 2)
+    assert {(o.trial["horizon"], o.steps) for o in tuned} == {(1.0, 6)}
+    found = job.run(1, False)
+    for o in found:
+        best = best_trial([t for t in tuned if t.optimizer == o.optimizer])
+        assert o.trial["settings"]["lr"] == best.trial["settings"]["lr"]
+        assert o.trial["horizon"] == 1.0
+    quick = made("small", "adamw", [0.2, 0.3], phase="tune", pace=0.1, settings={"lr": 0.3})
+    slow = made("small", "adamw", [0.0, 0.0, 0.9], phase="tune", number=1, settings={"lr": 0.7})
+    for aim, lr in (("time", 0.3), ("value", 0.7)):
+        asked = Job(["small"], PAIR, tmp_path, aim=aim, targets=goals)
+        assert asked.best([quick, slow], "small", find_contestant("adamw"))[0]["lr"] == lr
+
+
+@pytest.mark.usefixtures("small")
 def test_runs_of_other_code_are_counted(tmp_path, monkeypatch):
     first = Job(["small"], PAIR, tmp_path).run(1, False)
     assert len({o.environment["source"] for o in first}) == 1
