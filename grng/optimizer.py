@@ -22,7 +22,8 @@ from grng.preconditioners import Kalman, Preconditioner, make_preconditioner
 from grng.region import TrustRegion
 from grng.regularizers import Explicit, FrontEnd, Regularizer
 from grng.regularizers.displacement import RandomState
-from grng.regularizers.frontend import as_chain, under_scaler
+from grng.regularizers.frontend import as_chain
+from grng.regularizers.scaler import under_scaler
 from grng.update import Gradients, update_
 from grng.variants import check_adaptive, find_variant, resolved_noise, resolved_scale
 

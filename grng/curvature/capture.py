@@ -18,13 +18,14 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from grng.curvature.check import SelfCheck, warn
 from grng.curvature.config import Curvature
+from grng.curvature.delivery import Delivery
 from grng.curvature.engines import Hook, HooksEngine, Pair, make_engine
 from grng.curvature.fisher import FisherReader
 from grng.curvature.layers import STATUS, Layer
 from grng.curvature.likelihood import Reading
-from grng.curvature.order import ORDERS, ROWS, RowOrder
+from grng.curvature.order import ORDERS, RowOrder
 from grng.curvature.passes import Batch, Context, Pass, find_output
-from grng.curvature.statistics import Statistics, SummedStatistics
+from grng.curvature.statistics import Statistics
 from grng.distributed import Processes, together
 from grng.errors import GRNGWarning
 from grng.kernels import full_precision
@@ -54,7 +55,7 @@ class Capture:
         sink: Callable[[Layer, Statistics], None],
         twice: bool = False,
     ) -> None:
-        self.layers, self.config, self.sink = layers, config, sink
+        self.layers, self.config = layers, config
         self.collecting = True
         self._thread = threading.local()
         self.entered = False  # whether a forward pass was ever seen
@@ -66,7 +67,7 @@ class Capture:
         self._unreadable = False  # the step's output gradient is zero or not finite: there is nothing to check against
         self._check = SelfCheck()
         self.order = RowOrder(any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()))
-        self._delivered: set[Layer] = set()
+        self._deliver = Delivery(config, self.fisher, self._check, sink)
         self.engine, self.engine_reason = make_engine(config.capture, self, model, twice)
         self._handles = [
             model.register_forward_pre_hook(Hook(self, "_enter")),
@@ -133,7 +134,7 @@ class Capture:
 
     def _at_output(self, current: Pass, f: Tensor, number: int, version: int, gradient: Tensor) -> Tensor | None:
         """Measure, and hand on the gradient that the likelihood's noise makes of it."""
-        if self._busy or not self.collecting or not self._trains(current.context):
+        if self._busy or not self.collecting or not current.context.trains(self.layers):
             return None
         self._output_gradient(current, f, number, version, gradient)
         return self.fisher.weighted(f, gradient) if self.collecting else None
@@ -155,7 +156,7 @@ class Capture:
         def gradients(cotangent: Tensor) -> Iterator[tuple[Layer, Statistics]]:
             with torch.no_grad(), self._nested(f.device):
                 for layer, x, e in self.engine.pairs(current, place, cotangent):
-                    yield layer, self._statistics(layer, x, e, current.context)
+                    yield layer, self._deliver.statistics(layer, x, e, current.context)
 
         return f.detach(), gradients
 
@@ -189,35 +190,16 @@ class Capture:
                     raise
                 self.fisher.fall_back(REENTRANT)
             for layer, x, e in current.context.waiting:
-                self._deliver_true(layer, x, e, current.context)
+                self._deliver.true(layer, x, e, current.context)
             current.context.waiting.clear()
         keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()
 
         def ended() -> None:
-            self._deliver_held(current.context)
+            if self.collecting:
+                self._deliver.held(current.context)
             current.close(keep_graph)
 
         torch.autograd.Variable._execution_engine.queue_callback(ended)
-
-    def _trains(self, context: Context) -> bool:
-        """Whether the backward pass that runs reaches parameters of the layers: an attack's `autograd.grad(loss, x)`
-        is no part of a step."""
-        task = torch._C._current_graph_task_id()
-        if context.task != task:
-            context.task, context.trains = (
-                task,
-                any(self._reached(p) for layer in self.layers for p in layer.parameters),
-            )
-        return context.trains
-
-    @staticmethod
-    def _reached(p: nn.Parameter) -> bool:
-        if not p.requires_grad:
-            return False
-        try:
-            return torch._C._will_engine_execute_node(get_gradient_edge(p).node)
-        except RuntimeError:  # autograd.grad() was asked for this very parameter
-            return True
 
     def _fisher_passes(self, current: Pass, place: GradientEdge, f: Tensor, gradient: Tensor) -> None:
         """The nested passes with gradients that make the Fisher."""
@@ -240,7 +222,7 @@ class Capture:
 
     def receive_true_gradient(self, layer: Layer, x: Tensor, e: Tensor, context: Context) -> None:
         """Called by the engine with the pairs of the user's own backward pass."""
-        if self._busy or not self.collecting or not layer.active or not self._trains(context):
+        if self._busy or not self.collecting or not layer.active or not context.trains(self.layers):
             return
         if not e.numel():  # an empty batch, or an expert that nothing was sent to
             self._check.idle(layer)
@@ -248,70 +230,14 @@ class Capture:
         with torch.no_grad(), full_precision(e.device):
             e = e.detach()
             if layer.pending:
-                statistics = self._readable(layer, x, e, context)
+                statistics = self._deliver.readable(layer, x, e, context)
                 if statistics is None:
                     return
                 self._check.add(layer, x, e, statistics)
             if context.normaliser is None:
                 context.waiting.append((layer, x, e))
             else:
-                self._deliver_true(layer, x, e, context)
-
-    def _deliver_true(self, layer: Layer, x: Tensor, e: Tensor, context: Context) -> None:
-        if not self.fisher.empirical or context.closed:
-            return
-        assert context.normaliser is not None
-        pair = layer, x, e * context.normaliser.to(e.dtype)
-        if context.calls.get(layer, 1) > 1:
-            context.held.setdefault(layer, []).append(pair)
-        else:
-            self._deliver(layer, [pair], context)
-
-    def _deliver_held(self, context: Context) -> None:
-        """True gradients of layers that were called several times."""
-        if self.collecting:
-            for layer, pairs in context.held.items():
-                with torch.no_grad(), full_precision(pairs[0][2].device):
-                    self._deliver(layer, pairs, context)
-        context.held.clear()
-
-    def _statistics(self, layer: Layer, x: Tensor, e: Tensor, context: Context) -> Statistics:
-        if layer.plain:
-            gradient = e.reshape(1, 1, -1).to(self.config.factor_dtype(layer.owner))
-            return SummedStatistics(gradient, context.batch or 1)  # type: ignore[return-value]
-        return layer.statistics(x, e, context.batch, self.config.factor_dtype(layer.owner))
-
-    def _readable(self, layer: Layer, x: Tensor, e: Tensor, context: Context) -> Statistics | None:
-        """None where a call is not what the layer's kind promises: the layer is given up then, visibly."""
-        try:
-            return self._statistics(layer, x, e, context)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError, TypeError, LookupError) as error:
-            self._check.unfit(layer, error)
-            if not layer.pending:  # of a kind that was not seen before
-                layer.status, layer.reason = "failed", self._check.unfitness(layer)
-                warn([layer])
-            return None
-
-    def _deliver(self, layer: Layer, pairs: list[Pair], context: Context, draw: int = 0) -> None:
-        """Hand on what the calls of a layer in one pass amount to."""
-        read = [self._readable(layer, x, e, context) for _, x, e in pairs if e.numel()]
-        parts = [statistics for statistics in read if statistics is not None]
-        # Calls with one and the same batch: what they say of a sample belongs together, as positions of one call do.
-        alike = context.batch is not None and layer.order != ROWS and {s.samples for s in parts} == {context.batch}
-        if len(parts) > 1 and alike and not layer.plain:
-            parts = [parts[0].joined(parts[1:])]
-        for statistics in parts:
-            self._hand_on(layer, statistics, context, draw)
-
-    def _hand_on(self, layer: Layer, statistics: Statistics, context: Context, draw: int) -> None:
-        if self.config.sharing == "reduce" and not layer.plain:
-            statistics = statistics.reduced()
-        statistics.offset, statistics.draw, statistics.drawn = context.offset, draw, not self.fisher.empirical
-        statistics.aligned = context.batch is None or (statistics.samples == context.batch and layer.order != ROWS)
-        self._delivered.add(layer)
-        self.sink(layer, statistics)
+                self._deliver.true(layer, x, e, context)
 
     @contextmanager
     def _nested(self, device: torch.device) -> Iterator[None]:
@@ -408,14 +334,14 @@ class Capture:
         pending = [layer for layer in self.layers if layer.pending]
         if not pending:
             self._remove(self._check_handles)
-        return self._check.judge(pending, self._delivered, self.batch is not None, self.fisher.empirical)
+        return self._check.judge(pending, self._deliver.layers, self.batch is not None, self.fisher.empirical)
 
     def forget(self) -> None:
         """Drop what backward passes have delivered for this step, not the forward passes that wait for theirs."""
         self.fisher.noise.forget()
         self.batch = None
         self._unreadable = False
-        self._delivered.clear()
+        self._deliver.layers.clear()
         self._check.forget()
 
     def finish_step(self, collect_next: bool) -> None:

@@ -1,10 +1,12 @@
 """One forward pass of the model, what its backward passes amount to, and which of its outputs is read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 if TYPE_CHECKING:
     from grng.curvature.engines import Pair, Use
@@ -18,8 +20,7 @@ class Context:
 
     `waiting` holds the pairs of the user's own backward pass that come before N: those of a layer whose output is the
     model's. `calls` counts how often each layer was called, and `held` keeps the true gradients of those called several
-    times until all are there. `closed` says that a backward pass has gone through, `trains` of the backward pass `task`
-    whether it reaches parameters.
+    times until all are there. `closed` says that a backward pass has gone through.
     """
 
     normaliser: Tensor | None = None
@@ -29,8 +30,25 @@ class Context:
     calls: dict["Layer", int] = field(default_factory=dict)
     held: dict["Layer", list["Pair"]] = field(default_factory=dict)
     closed: bool = False
-    task: int | None = None
-    trains: bool = True
+    _task: int | None = None
+    _trains: bool = True
+
+    def trains(self, layers: Sequence["Layer"]) -> bool:
+        """Whether the backward pass that runs reaches parameters: an attack's `autograd.grad(loss, x)` is no part of a
+        step."""
+        task = torch._C._current_graph_task_id()
+        if self._task != task:
+            self._task, self._trains = task, any(_reached(p) for layer in layers for p in layer.parameters)
+        return self._trains
+
+
+def _reached(p: nn.Parameter) -> bool:
+    if not p.requires_grad:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(get_gradient_edge(p).node)
+    except RuntimeError:  # autograd.grad() was asked for this very parameter
+        return True
 
 
 @dataclass

@@ -6,7 +6,7 @@ step():                          transforms, in their order -> the optimizer
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,42 +28,11 @@ from grng.regularizers.base import (
     global_norm,
 )
 from grng.regularizers.displacement import RandomState, displaced, kept_buffers, same_random_numbers
+from grng.regularizers.passes import ByParameter, Pass, PutBack, clear, true_gradients
+from grng.regularizers.scaler import Closure, as_scale
 
-Closure = Callable[[], Any]
 Paused = Callable[[], AbstractContextManager[None]]
-ByParameter = dict[nn.Parameter, Tensor]
 STEPS = "regularizer_steps"
-
-
-class Pass(AbstractContextManager[None]):
-    """One forward and backward pass, and the gradients that it left."""
-
-    def __init__(self, params: list[nn.Parameter], contexts: list[AbstractContextManager[Any]]) -> None:
-        self.params, self.contexts = params, contexts
-        self._gradients: ByParameter | None = None
-
-    def __enter__(self) -> None:
-        with ExitStack() as stack:
-            for context in self.contexts:
-                stack.enter_context(context)
-            self.stack = stack.pop_all()
-
-    def __exit__(self, kind: Any, *exception: Any) -> None:
-        if kind is None:  # before the weights are restored, and with them their precision
-            self._gradients = {p: p.grad for p in self.params if p.grad is not None}
-        self.stack.__exit__(kind, *exception)
-
-    @property
-    def gradients(self) -> ByParameter:
-        if self._gradients is None:
-            raise RuntimeError("a pass was not taken: write `for each in optimizer.passes():` and in it `with each:`")
-        sparse = [tuple(p.shape) for p, g in self._gradients.items() if g.layout != torch.strided]
-        if sparse:
-            raise RuntimeError(
-                f"regularizers take dense gradients, but parameters of these shapes have sparse ones: {sparse}. "
-                "Build the embedding with sparse=False"
-            )
-        return self._gradients
 
 
 class FrontEnd:
@@ -141,8 +110,8 @@ class FrontEnd:
         before = {p: p.grad for p in every.tensors if p.grad is not None}
         self._zeroed = self.ready = False
         if not replace:
-            _clear(every.tensors)
-        with _put_back(every.tensors, before), self._under(scale):
+            clear(every.tensors)
+        with PutBack(every.tensors, before), self._under(scale):
             if method is None or not method.acts(self.t):
                 one = Pass(every.tensors, [])
                 yield one
@@ -190,7 +159,7 @@ class FrontEnd:
             with torch.no_grad():
                 e = method.displacement(moving, start, t)
             for sign in signs:
-                _clear(params)
+                clear(params)
                 another = Pass(
                     params,
                     [
@@ -221,7 +190,7 @@ class FrontEnd:
 
         start, others = values(first), [values(found) for found in further]
         combined, told = method.combine(have, Gradients(start, moving.scale, moving.norm), others, self.t)
-        _clear(every.tensors)
+        clear(every.tensors)
         for p, g in zip(have.tensors, combined, strict=True):
             p.grad = g.to(p.dtype)
         norm = moving.norm if len(moving.values) == len(start) else global_norm(start)
@@ -261,7 +230,7 @@ class FrontEnd:
         numbers are afterwards what they were."""
         params = [p for group in self._groups() for p in group["params"]]
         gradients = {p: p.grad for p in params}
-        _clear(params)
+        clear(params)
         try:
             with (
                 self._paused(),
@@ -342,42 +311,6 @@ class FrontEnd:
         return {name: torch.as_tensor(value) for name, value in self.report.items()}
 
 
-@contextmanager
-def under_scaler(optimizer: Any, closure: Closure | None) -> Iterator[bool]:
-    """Whether GradScaler.step() is calling, which leaves what it found on the optimizer until its step has returned.
-
-    Raises:
-        RuntimeError: it hands on a closure: it has looked at gradients that the closure replaces.
-    """
-    scaled = hasattr(optimizer, "found_inf")
-    try:
-        if scaled and closure is not None:
-            raise RuntimeError(
-                "a closure was handed through GradScaler.step(), which has looked at other gradients than the closure "
-                "leaves and cannot unscale these: take the passes before it, `for each in optimizer.passes(scaler):` "
-                "and in it `with each: scaler.scale(loss).backward()`, and call scaler.step(optimizer)"
-            )
-        yield scaled
-    except BaseException:
-        for name in ("found_inf", "grad_scale"):  # the scaler does not take them away from a step that raised
-            optimizer.__dict__.pop(name, None)
-        raise
-
-
-@contextmanager
-def true_gradients(modules: list[nn.Module]) -> Iterator[None]:
-    """Modules that hand on another gradient than that of what they computed (Shake-Shake), and have a switch
-    `true_gradient`, hand on the true one within: what the weights are displaced along is the loss's gradient."""
-    before = [module.true_gradient for module in modules]
-    try:
-        for module in modules:
-            module.true_gradient = True  # type: ignore[assignment]
-        yield
-    finally:
-        for module, value in zip(modules, before, strict=True):
-            module.true_gradient = value
-
-
 def measured(
     norm: Tensor, first: list[Tensor], combined: list[Tensor], further: list[list[Tensor]], share: float | None
 ) -> dict[str, Any]:
@@ -425,32 +358,3 @@ def as_chain(regularizers: Regularizer | Iterable[Regularizer] | None) -> tuple[
             "What stands before it would change the first gradient but not the others, which ruins their difference.",
         )
     return found
-
-
-def as_scale(scale: Any) -> Tensor | None:
-    """A loss scale, given as a number, a scalar tensor or a GradScaler, as a scalar.
-
-    >>> as_scale(2.0)
-    tensor(2., dtype=torch.float64)
-    """
-    if scale is None:
-        return None
-    value = scale.get_scale() if hasattr(scale, "get_scale") else scale
-    return torch.as_tensor(value, dtype=torch.float64)
-
-
-def _clear(params: list[nn.Parameter]) -> None:
-    for p in params:
-        p.grad = None
-
-
-class _put_back(AbstractContextManager[None]):
-    """Where the passes end in an exception, p.grad is what it was before."""
-
-    def __init__(self, params: list[nn.Parameter], before: ByParameter) -> None:
-        self.params, self.before = params, before
-
-    def __exit__(self, kind: Any, *exception: Any) -> None:
-        if kind is not None:
-            for p in self.params:
-                p.grad = self.before.get(p)

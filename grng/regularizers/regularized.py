@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from grng.errors import invalid
 from grng.regularizers.base import Regularizer, global_norm
-from grng.regularizers.frontend import STEPS, FrontEnd, under_scaler
+from grng.regularizers.frontend import STEPS, FrontEnd
+from grng.regularizers.scaler import under_scaler
 from grng.torch_optim import bare_step, initialises
 
 SKIPPED = "regularizer_skipped"
