@@ -14,7 +14,6 @@ from grng.curvature.engines import Hook
 from grng.curvature.layers import STATUS
 from grng.curvature.order import ORDERS, UNKNOWN
 from grng.curvature.plan import check_model, coverage_of, find_layers, named_groups
-from grng.curvature.visits import Visits
 from grng.damping import Damping
 from grng.distributed import several, unwrapped
 from grng.errors import GRNGWarning, check_nonnegative, finite, invalid
@@ -24,12 +23,16 @@ from grng.preconditioners import Preconditioner, make_groups
 from grng.regularizers import FrontEnd
 from grng.regularizers.base import check_groups
 from grng.regularizers.frontend import STEPS
+from grng.schedule import Schedule
 from grng.torch_optim import StrictOptimizer
 
 DRIFT = 1e-4  # of |g|^2 and |D|^2 between processes: rounding stays below it
 COUNTS = ("refreshes", "skipped", "uncaptured", "broken")
 COUNTERS = ("grad_norm", "lam", "kl_scale", "misfit", *COUNTS)
-ON_HOST = ("fisher_rng", "likelihood", "layer_status", "grng_steps", "grng_method", "grng_period", STEPS)
+ON_HOST = (
+    *("fisher_rng", "likelihood", "layer_status", "grng_steps", "grng_method", "grng_period", "grng_visits"),
+    STEPS,
+)
 OF_A_PARAMETER = ("momentum", "exp_avg", "exp_avg_sq", "step")
 
 
@@ -76,20 +79,16 @@ class AttachedOptimizer(StrictOptimizer):
         self._capture = Capture(model, self._layers, curvature, Hook(self, "_observe"), twice)
         self._finalizer = weakref.finalize(self, self._capture.close)
         self._model = weakref.ref(model)
-        self._steps = 0
-        self._work = 0.0  # operations of the forward and backward passes of the layers, as the first step shows them
-        self._period = 0  # steps between decompositions, once it is known
+        self._schedule = Schedule(self._layers, curvature, preconditioner)
         self._made = torch.zeros(2, dtype=torch.float64, device=self._device)  # |g|^2 and |D|^2 of the last step
         self._fresh: set[Layer] = set()  # observed since the last step
         self._current: set[Layer] = set()  # observed for this step
         self._observed: set[Layer] = set()  # ever observed
-        self._visits = Visits(self._layers, curvature.stats_every)
         self._scalars = {name: torch.zeros((), device=self._device) for name in COUNTERS}
         self._link_state()
 
     def _observe(self, layer: Layer, statistics: Statistics) -> None:
-        if not self._period:
-            self._work += 6.0 * statistics.positions * layer.blocks * layer.n_out * layer.n_in
+        self._schedule.observe(layer, statistics)
         self._preconditioner.observe(layer, statistics)
         self._fresh.add(layer)
 
@@ -100,7 +99,7 @@ class AttachedOptimizer(StrictOptimizer):
             RuntimeError: their last steps differ.
         """
         processes = self._capture.processes
-        if processes is None and several() and self._steps == 0:
+        if processes is None and several() and self._schedule.t == 0:
             warnings.warn(
                 "torch.distributed runs several processes, but no DistributedDataParallel calls the model: each "
                 "measures and steps for itself",
@@ -110,7 +109,7 @@ class AttachedOptimizer(StrictOptimizer):
         if processes is None or not self._due():
             return
         fresh = torch.tensor([layer in self._fresh for layer in self._layers], dtype=torch.float64)
-        own = [self._made, torch.tensor([self._work], dtype=torch.float64), fresh]
+        own = [self._made, torch.tensor([self._schedule.work], dtype=torch.float64), fresh]
         device = self._device
         rows = processes.rows(torch.cat([*(part.to(device) for part in own), self._capture.report(device)]))
         processes.sum_([rows, *self._preconditioner.pending(), *self._capture.fisher.noise.pending()])
@@ -126,7 +125,7 @@ class AttachedOptimizer(StrictOptimizer):
                 f"{self._preconditioner.name!r} goes by what observe() saw in its own process: let it collect in a "
                 "self.moment(...), return other sums from pending(), or exchange in share() what cannot be added"
             )
-        self._work = sum(work) / processes.size
+        self._schedule.work = sum(work) / processes.size
         self._fresh = {layer for layer, theirs in zip(self._layers, fresh_rows, strict=True) if any(theirs)}
         self._capture.agree(processes, rows[:, 3 + len(self._layers) :])
         if self._capture.batch is not None:
@@ -145,16 +144,17 @@ class AttachedOptimizer(StrictOptimizer):
         # Factors change only where something was measured.
         tensors = self._preconditioner.tensors() if self._fresh or self._capture.processes else []
         copies = [t.clone() for t in tensors]
-        parts = [(part, dict(vars(part))) for part in (self._damping, self._capture.fisher.noise, self._front)]
+        parts: list[Any] = [self._damping, self._capture.fisher.noise, self._front, self._schedule]
+        before = [dict(vars(part)) for part in parts]
         failures = self._preconditioner.failures
-        numbers = {"_period": self._period, "_made": self._made, "_shares": self._shares}
+        numbers: dict[str, Any] = {"_made": self._made, "_shares": self._shares}
         numbers |= {"_observed": set(self._observed), "_scalars": dict(self._scalars)}
         try:
             yield
         except BaseException:
             if tensors:
                 torch._foreach_copy_(tensors, copies)
-            for part, attributes in parts:
+            for part, attributes in zip(parts, before, strict=True):
                 vars(part).update(attributes)
             vars(self).update(numbers)
             self._preconditioner.failures = failures
@@ -220,9 +220,7 @@ class AttachedOptimizer(StrictOptimizer):
 
     def _due(self) -> bool:
         """Whether the coming step measures."""
-        t = self._steps
-        often = self._preconditioner.every_step or t < self._curvature.burn_in or not self._observed
-        return often or t % self._curvature.stats_every == 0 or self._visits.expected(t)
+        return not self._observed or self._schedule.measures()
 
     # What the user looks at.
 
@@ -279,12 +277,11 @@ class AttachedOptimizer(StrictOptimizer):
             flags = (STATUS.index(layer.status), layer in self._observed, *order)
             for p in layer.parameters:  # torch.distributed.checkpoint takes no parameter without state
                 self.state[p]["layer_status"] = torch.tensor(flags)
-        shared = {"grng_steps": torch.tensor(self._steps), **self._damping.state()}
+        shared = {**self._schedule.state(), **self._damping.state()}
         shared["grng_method"] = torch.tensor(list(self._method.encode()), dtype=torch.uint8)
         counts = [self._scalars[name] for name in COUNTS]
         shared["grng_counts"] = torch.stack([*counts, self._preconditioner.failures.to(self._device)])
-        shared["grng_period"] = torch.tensor(self._period)
-        shared |= self._front.state() | self._visits.state()
+        shared |= self._front.state()
         self.state[self._first].update(shared, **self._capture.fisher.state(self._device))
         return super().state_dict()
 
@@ -316,9 +313,7 @@ class AttachedOptimizer(StrictOptimizer):
             if observed:
                 self._observed.add(layer)
         shared = self.state[self._first]
-        self._visits.load_state(shared)
-        self._steps = int(shared["grng_steps"])
-        self._period = int(shared.get("grng_period", self._curvature.inverse_every or self._curvature.stats_every))
+        self._schedule.load_state(shared)
         self._damping.load_state(shared)
         self._front.load_state(shared)
         if "grng_counts" in shared:

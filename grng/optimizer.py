@@ -1,6 +1,5 @@
 """GRNG: regularise -> capture -> precondition -> trust region -> update."""
 
-import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +28,6 @@ from grng.variants import check_adaptive, find_variant, resolved_noise, resolved
 
 MODES = ("double", "finite", "ggn")
 NORMS = ("global", "layer")
-STEP_OVERHEAD = 1e8  # operations that the fixed costs of a step stand for
 
 
 class GRNG(AttachedOptimizer):
@@ -249,7 +247,7 @@ class GRNG(AttachedOptimizer):
                 gradients = {p: g.float() if g.dtype == torch.float16 else g for p, g in gradients.items()}
                 self.note_scale(self._front.unscale_(self, list(gradients.values())))
         else:
-            if self._damping.adapts and (self._steps + 1) % self._damping.every == 0:
+            if self._damping.adapts and (self._schedule.t + 1) % self._damping.every == 0:
                 random = RandomState([p for group in self.param_groups for p in group["params"]])
             try:
                 loss, gradients = self._evaluate(closure)
@@ -312,11 +310,11 @@ class GRNG(AttachedOptimizer):
             directions, scale, square_norm, ok = self._directions(gradients)
         if directions is not None:
             update_(self.param_groups, self.state, gradients, directions, ok, self._curvature.factor_dtype)
-            self._visits.note(self._steps, gradients, self._current if self._capture.collecting else None)
+            self._schedule.note(gradients, self._current if self._capture.collecting else None)
         self._scalars["kl_scale"] = scale
         self._scalars["grad_norm"] = square_norm.sqrt()
         self._scalars["skipped"] = self._scalars["skipped"] + ~ok
-        self._steps += 1
+        self._schedule.t += 1
         self._capture.finish_step(self._due())
 
     def _directions(self, gradients: Gradients) -> tuple[Gradients | None, Tensor, Tensor, Tensor]:
@@ -357,22 +355,6 @@ class GRNG(AttachedOptimizer):
             quadratic = inner(stacks, self._preconditioner.curvature_product(stacks)) if stacks else actual.new_zeros(1)
             self._damping.adapt(actual, torch.stack(linear).sum() + quadratic.sum() / 2)
 
-    def _decompose(self) -> bool:
-        """Whether decompositions are due: early on at steps 0, 1, 2, 4, 8, ..., when the averages change most; then at
-        the first step with statistics in every period."""
-        t = self._steps
-        stats = 1 if self._preconditioner.every_step else self._curvature.stats_every
-        if not self._period:
-            self._period = self._curvature.inverse_every or self._chosen_period()
-        return (t & (t - 1) == 0) if t < self._curvature.burn_in else t % self._period < stats
-
-    def _chosen_period(self) -> int:
-        """Steps between decompositions: such that they take about a quarter as long as the gradients meanwhile, by
-        counts of operations, and within one to ten times `stats_every`."""
-        stats = self._curvature.stats_every
-        steps = 4 * self._preconditioner.decomposition_cost() / (STEP_OVERHEAD + self._work)
-        return stats * min(10, max(1, math.ceil(steps / stats)))
-
     # Curvature.
 
     def _new_layers(self) -> bool:
@@ -391,7 +373,7 @@ class GRNG(AttachedOptimizer):
         batch.valid = ok
         outputs = self._capture.fisher.outputs(batch).to(self._damping.outputs)
         self._damping.outputs = torch.where(ok, outputs, self._damping.outputs)
-        self._preconditioner.refresh(batch, self._decompose() or not self._current <= self._observed)
+        self._preconditioner.refresh(batch, self._schedule.decomposes() or not self._current <= self._observed)
         self._shares = None
         self._capture.fisher.noise.fold(ok)
         self._observed |= self._current
@@ -399,7 +381,7 @@ class GRNG(AttachedOptimizer):
         self._scalars["misfit"] = batch.misfit
 
     def _warn_unseen(self) -> None:
-        if self._steps == 0 and not self._capture.entered and any(layer.active for layer in self._layers):
+        if self._schedule.t == 0 and not self._capture.entered and any(layer.active for layer in self._layers):
             warnings.warn(
                 "GRNG saw no forward pass of the model that it was given, so that every parameter follows the "
                 "first-order fallback: the training loop has to call that model itself, not a part of it",

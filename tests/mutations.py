@@ -31,6 +31,41 @@ class Mutation(NamedTuple):
 
 MUTATIONS = (
     Mutation(
+        "calls of one layer joined",
+        "grng/curvature/delivery.py",
+        "if len(parts) > 1 and alike",
+        "if len(parts) > 9 and alike",
+        "tests/optimizer/test_visits.py -k belong_together",
+    ),
+    Mutation(
+        "passes that train nothing",
+        "grng/curvature/passes.py",
+        "return self._trains\n",
+        "return True\n",
+        "tests/optimizer/test_visits.py -k attacks",
+    ),
+    Mutation(
+        "appointments",
+        "grng/curvature/visits.py",
+        "t + (1 if before == NEVER else t - before)",
+        "t + 1",
+        "tests/optimizer/test_visits.py -k turns",
+    ),
+    Mutation(
+        "an assumed normaliser under a scale",
+        "grng/curvature/fisher.py",
+        "reading.normaliser / self.scale.to(reading.normaliser)",
+        "reading.normaliser",
+        "tests/optimizer/test_mixed_precision.py -k matter",
+    ),
+    Mutation(
+        "ratios both ways",
+        "benchmarks/statistics.py",
+        "np.median(x, axis=-1)",
+        "np.quantile(x, 0.5, axis=-1, method='lower')",
+        "tests/benchmarks/test_statistics.py -k exchanged",
+    ),
+    Mutation(
         "Gram matrix",
         "kernels/gram.py",
         "return flat.mT @ flat",

@@ -142,7 +142,7 @@ def test_after_a_failed_decomposition(name: str, monkeypatch: pytest.MonkeyPatch
 
     def make(model: nn.Module) -> Optimizer:
         optimizer = METHODS[name](model, curvature=Curvature(stats_every=2, inverse_every=2, burn_in=1))
-        optimizer.register_step_pre_hook(lambda o, *_: steps.append(o._steps))
+        optimizer.register_step_pre_hook(lambda o, *_: steps.append(o._schedule.t))
         return optimizer
 
     assert check(make, stream(STEPS, dtype=torch.float32))["counts"][-1] > 0

@@ -25,14 +25,14 @@ def survive(run: Run, name: str, fault: Fault) -> None:
     """Inject one fault and look at what has become of it."""
     while fault.measuring and not run.optimizer._due():
         run.step()
-    before, steps = run.state(), run.optimizer._steps
+    before, steps = run.state(), run.optimizer._schedule.t
     raised: BaseException | None = None
     try:
         fault.inject(run)
     except (*ERRORS, LookupError) as error:
         raised = error
     assert vector(run.model).isfinite().all(), name
-    made = run.optimizer._steps - steps
+    made = run.optimizer._schedule.t - steps
     if fault.outcome in ("raised", "raised after") or (fault.outcome == "interrupted" and not _over(raised)):
         assert raised is not None, name
         assert raised.args == ("injected",), (name, raised)

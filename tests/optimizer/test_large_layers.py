@@ -110,7 +110,7 @@ def test_decompositions_are_spaced_by_their_cost(
             stats = settings.get("stats_every", 10)
             exact = 4 * 25 * (n**2 * (n + 250) + m**2 * (m + 250)) / (1e8 + 6 * samples * n * m)
             period = stats * min(10, max(1, -(-exact // stats)))
-        assert optimizer._period == period
+        assert optimizer._schedule.period == period
 
 
 def test_the_period_is_kept_by_a_checkpoint() -> None:
@@ -122,7 +122,7 @@ def test_the_period_is_kept_by_a_checkpoint() -> None:
         steps(optimizer, model, x, y, 7)
         twin.load_state_dict(model.state_dict())
         other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        assert optimizer._period == other._period > 2
+        assert optimizer._schedule.period == other._schedule.period > 2
         for part in (slice(0, 3), slice(None), slice(None)):
             for each, net in ((optimizer, model), (other, twin)):
                 steps(each, net, x[part], y[part], 4)
