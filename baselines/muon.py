@@ -102,9 +102,11 @@ class Muon(StrictOptimizer):
             matrix.grad = p.grad.flatten(1)
         part.param_groups = [{**group, "params": list(matrices.values())}]
         part.state = defaultdict(dict, {m: self.state[p] for p, m in matrices.items() if p in self.state})
-        bare_step(part)
-        for p, matrix in matrices.items():
-            self.state[p] = part.state[matrix]
-            if matrix.data_ptr() != p.data_ptr():  # flattened by copying, as of channels_last
-                p.copy_(matrix.view_as(p))
-        self._link()
+        try:
+            bare_step(part)
+            for p, matrix in matrices.items():
+                self.state[p] = part.state[matrix]
+                if matrix.data_ptr() != p.data_ptr():  # flattened by copying, as of channels_last
+                    p.copy_(matrix.view_as(p))
+        finally:
+            self._link()

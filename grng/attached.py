@@ -30,7 +30,8 @@ DRIFT = 1e-4  # of |g|^2 and |D|^2 between processes: rounding stays below it
 COUNTS = ("refreshes", "skipped", "uncaptured", "broken")
 COUNTERS = ("grad_norm", "lam", "kl_scale", "misfit", *COUNTS)
 ON_HOST = (
-    *("fisher_rng", "likelihood", "layer_status", "grng_steps", "grng_method", "grng_period", "grng_visits"),
+    *("fisher_rng", "likelihood", "layer_status", "grng_steps", "grng_method", "grng_period", "grng_decomposed"),
+    "grng_visits",
     STEPS,
 )
 OF_A_PARAMETER = ("momentum", "exp_avg", "exp_avg_sq", "step")

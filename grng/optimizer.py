@@ -305,12 +305,13 @@ class GRNG(AttachedOptimizer):
         return {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
 
     def _update(self, gradients: Gradients) -> None:
+        due = self._due()  # in every process alike, which whether this one has collected need not be
         with self._whole():
             gradients = self._front.transform(gradients)
             directions, scale, square_norm, ok = self._directions(gradients)
         if directions is not None:
             update_(self.param_groups, self.state, gradients, directions, ok, self._curvature.factor_dtype)
-            self._schedule.note(gradients, self._current if self._capture.collecting else None)
+            self._schedule.note(gradients, self._current if due else None)
         self._scalars["kl_scale"] = scale
         self._scalars["grad_norm"] = square_norm.sqrt()
         self._scalars["skipped"] = self._scalars["skipped"] + ~ok

@@ -43,7 +43,15 @@ class Prediction:
 
         Args:
             y: the targets, as the loss takes them: values, class numbers, or zeros and ones.
+
+        Raises:
+            ValueError: there are more or fewer than predictions.
         """
+        shape = list(self.mean.shape)
+        if self.likelihood == "categorical":
+            del shape[self.class_dim]
+        if list(y.shape) != shape:
+            raise invalid("y", tuple(y.shape), f"of shape {tuple(shape)}", "One target a prediction.")
         if self.likelihood == "gaussian":
             return -0.5 * ((y - self.mean).square() / self.variance + (2 * torch.pi * self.variance).log())
         if self.likelihood == "categorical":
@@ -264,7 +272,7 @@ class Posterior:
         """R of a Gaussian likelihood: (), or (C, C) over the outputs."""
         found = self._optimizer._capture.fisher.noise.value
         if found is None:
-            raise RuntimeError("no step was made on a squared error: there is no noise to tell")
+            raise RuntimeError("no step was made on a squared error yet, so that no noise is known: make a step first")
         return found
 
 

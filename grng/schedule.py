@@ -13,7 +13,7 @@ from grng.curvature.visits import Visits
 if TYPE_CHECKING:
     from grng.preconditioners import Preconditioner
 
-STEPS, PERIOD = "grng_steps", "grng_period"  # their names in a checkpoint
+STEPS, PERIOD, DECOMPOSED = "grng_steps", "grng_period", "grng_decomposed"  # their names in a checkpoint
 STEP_OVERHEAD = 1e8  # operations that the fixed costs of a step stand for
 
 
@@ -37,6 +37,7 @@ class Schedule:
         self._curvature, self._preconditioner = curvature, preconditioner
         self._visits = Visits(layers, curvature.stats_every)
         self.t, self.period, self.work = 0, 0, 0.0
+        self._decomposed = -1  # the last period in which a step did
 
     def observe(self, layer: Layer, statistics: Statistics) -> None:
         """Count the work, until it has served."""
@@ -52,10 +53,10 @@ class Schedule:
     def decomposes(self) -> bool:
         """Whether this step does, if it measures."""
         t = self.t
-        stats = 1 if self._preconditioner.every_step else self._curvature.stats_every
         if not self.period:
             self.period = self._curvature.inverse_every or self._chosen_period()
-        return (t & (t - 1) == 0) if t < self._curvature.burn_in else t % self.period < stats
+        before, self._decomposed = self._decomposed, t // self.period
+        return (t & (t - 1) == 0) if t < self._curvature.burn_in else before != self._decomposed
 
     def _chosen_period(self) -> int:
         """Steps between decompositions: such that they take about a quarter as long as the gradients meanwhile, by
@@ -69,10 +70,12 @@ class Schedule:
         self._visits.note(self.t, gradients, measured)
 
     def state(self) -> dict[str, Tensor]:
-        return {STEPS: torch.tensor(self.t), PERIOD: torch.tensor(self.period), **self._visits.state()}
+        own = {STEPS: self.t, PERIOD: self.period, DECOMPOSED: self._decomposed}
+        return {name: torch.tensor(value) for name, value in own.items()} | self._visits.state()
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Checkpoints of before know no period."""
+        """Checkpoints of before know no periods."""
         self.t = int(state[STEPS])
         self.period = int(state.get(PERIOD, self._curvature.inverse_every or self._curvature.stats_every))
+        self._decomposed = int(state.get(DECOMPOSED, (self.t - 1) // max(self.period, 1)))
         self._visits.load_state(state)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..names import base_of, ordered
+from ..records import hash_of
 from ..statistics import Ratio, interquartile_mean, paired_ratio, present, scores, study_time
 from .protocol import TARGET_STUDY
 from .spaces import OURS, SETTERS, TWINS
@@ -207,12 +208,12 @@ def analyse(outcomes: Sequence[Outcome], targets: Mapping[str, Target], clock: s
 
 def check_alike(runs: Sequence[Outcome]) -> None:
     """Raise InputError unless the seeds of a line have the same settings and length."""
-    kinds: dict[str, list[int]] = {}
+    kinds: dict[str, tuple[dict[str, Any], list[int]]] = {}
     for o in runs:
-        kind = str({key: o.trial[key] for key in ("settings", "horizon", "budget", "lr_warmup")})
-        kinds.setdefault(kind, []).append(o.seed)
+        kind = {key: o.trial[key] for key in ("settings", "horizon", "budget", "lr_warmup")}
+        kinds.setdefault(hash_of(kind), (kind, []))[1].append(o.seed)
     if len(kinds) > 1:
-        shown = "; ".join(f"seeds {', '.join(map(str, seeds))} with {kind}" for kind, seeds in kinds.items())
+        shown = "; ".join(f"seeds {', '.join(map(str, seeds))} with {kind}" for kind, seeds in kinds.values())
         raise InputError(
             f"the runs of {runs[0].optimizer!r} on {runs[0].workload!r} do not belong together ({shown}): run all "
             "seeds alike, or give each setting a folder or a name of its own, OPTIMIZER/LABEL"

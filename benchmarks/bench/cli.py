@@ -29,10 +29,13 @@ def add_bench(app: "typer.Typer") -> None:
     app.add_typer(bench, name="bench")
 
     listed = "comma-separated or repeated"
-    Workloads = Annotated[list[str] | None, typer.Option("--workload", help=f"Names, {listed}; see grng bench status.")]
+    Workloads = Annotated[
+        list[str] | None,
+        typer.Option("--workload", help=f"Names, {listed}; see grng bench status. [default: the fast tier]"),
+    ]
     Optimizers = Annotated[
         list[str] | None,
-        typer.Option("--optimizer", help=f"Names, {listed}; MODULE:CLASS or FILE.py for one of your own."),
+        typer.Option("--optimizer", help=f"Names, {listed}; MODULE:CLASS or FILE.py. [default: all of the roster]"),
     ]
     Tier = Annotated[str | None, typer.Option(help="fast or full: all workloads of that tier.")]
     Out = Annotated[Path, typer.Option(help="Folder of the results; what is finished there is not run again.")]
@@ -186,7 +189,9 @@ def conclude(store: Store, outcomes: list[Outcome]) -> None:
 
     store.write_tables(store.outcomes())
     failed = [o for o in outcomes if o.status == "failed"]
-    typer.echo(f"{len(outcomes)} runs, {len(failed)} failed. Tables: {store.out}; report: grng bench report")
+    typer.echo(
+        f"{len(outcomes)} runs, {len(failed)} failed. Tables: {store.out}; report: grng bench report --out {store.out}"
+    )
     raise typer.Exit(int(bool(failed)))
 
 

@@ -14,11 +14,13 @@ LOGS = ("tensorboard", "wandb")
 class Lines(Listener):
     """One plain line a run."""
 
-    def begin(self, runs: int, skipped: int, outdated: int = 0) -> None:
+    def begin(self, runs: int, skipped: int, outdated: int = 0, replaced: int = 0) -> None:
         self.runs, self.done = runs, skipped
         if skipped:
             older = f", {outdated} of them made by other code: give a new folder to make them anew" * bool(outdated)
             self.say(f"{skipped} of {runs} runs are there already{older}")
+        if replaced:
+            self.say(f"{replaced} runs of other settings or length are replaced: give a new folder to keep both")
 
     def run_ended(self, trial: Trial, outcome: Outcome) -> None:
         self.done += 1
@@ -31,7 +33,7 @@ class Lines(Listener):
 class Bars(Lines):
     """Two bars, runs and the present run, under the lines of the runs that ended."""
 
-    def begin(self, runs: int, skipped: int, outdated: int = 0) -> None:
+    def begin(self, runs: int, skipped: int, outdated: int = 0, replaced: int = 0) -> None:
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
         columns = TextColumn("{task.description:40}"), BarColumn(30), TaskProgressColumn(), TimeRemainingColumn()
@@ -39,7 +41,7 @@ class Bars(Lines):
         self.bars.start()
         self.all = self.bars.add_task("runs", total=runs, completed=skipped)
         self.one = self.bars.add_task("", total=1.0)
-        super().begin(runs, skipped, outdated)
+        super().begin(runs, skipped, outdated, replaced)
         if skipped == runs:
             self.bars.stop()
 
@@ -76,8 +78,8 @@ class Logged(Listener):
         except ImportError as error:
             raise InputError(f"--log {log} needs a package that is not installed: pip install {log}") from error
 
-    def begin(self, runs: int, skipped: int, outdated: int = 0) -> None:
-        self.inner.begin(runs, skipped, outdated)
+    def begin(self, runs: int, skipped: int, outdated: int = 0, replaced: int = 0) -> None:
+        self.inner.begin(runs, skipped, outdated, replaced)
 
     def run_begins(self, trial: Trial) -> None:
         self.inner.run_begins(trial)

@@ -32,8 +32,9 @@ AIMS = ("time", "value")
 class Listener:
     """Hears of every run; this one keeps quiet."""
 
-    def begin(self, runs: int, skipped: int, outdated: int = 0) -> None:
-        """`runs` are planned, of which `skipped` are there already, and `outdated` of these made by other code."""
+    def begin(self, runs: int, skipped: int, outdated: int = 0, replaced: int = 0) -> None:
+        """`runs` are planned, of which `skipped` are there already, and `outdated` of these made by other code;
+        `replaced` of the others stand where one of other settings or length is."""
 
     def run_begins(self, trial: Trial) -> None: ...
 
@@ -186,7 +187,7 @@ class Job:
         ]
         alike = [o for o in tuned if (o.trial["budget"], o.trial["lr_warmup"]) == length]
         chosen = best_of(alike, self.target(workload) if self.aim == "time" else None, self.clock)
-        if tuned and chosen is None and not given:
+        if tuned and not alike and not given:
             raise InputError(
                 f"{self.store.out} holds a search of {contestant.name!r} on {workload!r} at another length than budget "
                 f"{self.budget:g} and lr_warmup {self.lr_warmup:g}: search at this one, or give settings"
@@ -259,7 +260,8 @@ class Job:
                         there.append(outcome)
                         told(trial, outcome)  # unless it was, before the job was killed
                 outdated = sum(o.environment.get("source") != source_hash() for o in there)
-                listener.begin(len(plan), len(there), outdated)
+                replaced = sum(self.store.holds_another(trial) for trial in missing)
+                listener.begin(len(plan), len(there), outdated, replaced)
                 for name in {trial.workload for trial in missing} - tasks.keys():
                     check_packages(self.known[name])
                     tasks[name] = self.known[name].load(self.data, self.resolved)

@@ -140,7 +140,7 @@ def score_section(analysis: Analysis, drawn: Sequence[str]) -> Section:
         "that of the best single run of the search, and luck has a part in it: "
         f"{promised} of them reached the target there, and {kept} of these with at least half of the seeds. IQM: "
         "interquartile mean, over workloads and seeds, of the time over the workload's fastest median; a miss counts "
-        "as 4."
+        "as 4. Workloads of which nobody reached the target with half of the seeds are left out."
     )
     headings = ("optimizer", "score, runs", "score, search", "IQM of times", "targets reached", "diverged or failed")
     return Section("Scores", text, headings, rows, [f for f in ("profile", "times") if f in drawn])
@@ -165,10 +165,11 @@ def ours_section(analysis: Analysis) -> Section:
     known = [c.ratio.median for c in pairs if c.ratio]
     faster = sum(r <= 0.6 for r in known)
     slower = sum(r > 1 for r in known)
+    shown = sum(c.ratio.differs for c in pairs if c.ratio)
     text = (
         f"The fastest of {', '.join(OURS)} against the fastest rival, paired by seed: the median ratio of times to "
         f"target with its 95 % bootstrap interval; below 1 ours is faster. At most 0.6 on {faster} of {len(pairs)} "
-        f"workloads, slower on {slower}."
+        f"workloads, above 1 on {slower}; a difference is shown on {shown}."
     )
     return Section("Ours against the best rival", text, PAIR_HEADINGS, [pair_row(c) for c in pairs])
 
@@ -222,7 +223,7 @@ def workload_section(analysis: Analysis, workload: str, drawn: Sequence[str]) ->
             "reached",
             f"best {metric}",
             f"test {metric}",
-            "test loss",
+            "test loss, median",
             "Brier",
         ),
         *("at equal time", "at equal steps", "ms/step", "× adamw"),
@@ -295,7 +296,10 @@ def settings_section(analysis: Analysis) -> Section:
         for line in analysis.lines
     ]
     return Section(
-        "Settings of the runs", "Found by the search.", ("workload", "optimizer", "horizon", "settings"), rows
+        "Settings of the runs",
+        "Found by the search; OPTIMIZER/target: by that for the targets.",
+        ("workload", "optimizer", "horizon", "settings"),
+        rows,
     )
 
 

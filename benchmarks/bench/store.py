@@ -57,6 +57,11 @@ class Store:
             outcome = self._archived.get(trial.key)
         return outcome if outcome is not None and outcome.key == trial.key else None
 
+    def holds_another(self, trial: Trial) -> bool:
+        """Whether another run lies where this one is to be written."""
+        outcome = read_outcome(self.folder(trial) / "outcome.json")
+        return outcome is not None and outcome.key != trial.key
+
     @cached_property
     def _archived(self) -> dict[str, Outcome]:
         """The runs of the archive, by key."""

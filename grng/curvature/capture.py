@@ -170,6 +170,7 @@ class Capture:
         place = GradientEdge(torch._C._current_autograd_node(), number)
         with torch.no_grad(), self._nested(f.device):
             gradient = gradient.detach()
+            current.context.held.clear()  # of a backward pass that raised
             self._check.begin_backward()
             intact = f._version == version
             reading = self.fisher.read(f, gradient, intact)

@@ -1,5 +1,6 @@
 """The preconditioner protocol: three methods, and stacked quantities that save and load themselves."""
 
+import gc
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -176,6 +177,8 @@ class Preconditioner(ABC):
 
     def attach(self, optimizer: Any) -> None:
         """Belong to an optimizer from now on; raise ValueError where it belongs to one that is still open."""
+        if self._owner() is not None:
+            gc.collect()  # lest one that nobody holds any more should count
         owner = self._owner()
         if owner is not None and owner.open:
             raise invalid(

@@ -87,9 +87,9 @@ class Ear(Listener):
         self.titles: list[str] = []
         self.counts: list[tuple[int, int]] = []
 
-    def begin(self, runs, skipped, outdated=0):
+    def begin(self, runs, skipped, outdated=0, replaced=0):
         self.counts.append((runs, skipped))
-        self.outdated = outdated
+        self.outdated, self.replaced = outdated, replaced
 
     def run_begins(self, trial):
         if len(self.titles) == self.before:

@@ -98,6 +98,7 @@ def test_other_conditions_are_other_runs(tmp_path, change, runs):
     ear = Ear()
     found = Job(["small"], PAIR, tmp_path, **change).run(1, False, ear)
     assert len(ear.titles) == runs
+    assert ear.replaced == runs, "which the user is told"
     assert {o.steps for o in found} == {round(6 * change.get("budget", 1))}
 
 

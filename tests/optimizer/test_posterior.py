@@ -9,6 +9,7 @@ from torch.func import functional_call, jacrev
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from grng import GRNG, Curvature
+from grng.posterior import Prediction
 from grng.preconditioners import Kalman
 
 from .cases import Positions, cnn, mlp, relative, stream, train, vector
@@ -295,3 +296,17 @@ def test_before_the_first_step_all_is_certain() -> None:
         assert optimizer.posterior.variance() == {}
         draw = optimizer.posterior.sample()
         assert all(torch.equal(draw[name], p) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "right", "wrong"), [("gaussian", (5, 2), [(5,), (1, 2)]), ("categorical", (5,), [(1,), (9,)])]
+)
+def test_targets_of_another_shape_are_refused(kind: str, right: tuple[int, ...], wrong: list[tuple[int, ...]]) -> None:
+    """Broadcast, their mean would be no log likelihood."""
+    mean = torch.full((5, 2), 0.5)
+    found = Prediction(mean, mean, mean, kind)
+    dtype = torch.long if kind == "categorical" else torch.float32
+    assert found.log_likelihood(torch.zeros(right, dtype=dtype)).shape == right
+    for shape in wrong:
+        with pytest.raises(ValueError, match=r"y must be of shape \(5,.*but is: "):
+            found.log_likelihood(torch.zeros(shape, dtype=dtype))

@@ -63,6 +63,30 @@ def test_a_layer_that_comes_once_is_measured_when_it_comes_again() -> None:
         assert (optimizer.state[model.heads[1].weight]["Lambda.count"] == 1).all()
 
 
+@pytest.mark.parametrize("period", [2, 3])
+def test_heads_that_take_turns_with_gradients_of_zero(period: int) -> None:
+    """Under zero_grad(set_to_none=False) all have a gradient at every step."""
+    model = Heads(period)
+    with GRNG(model, "kfac") as optimizer:
+        for t in range(150):
+            optimizer.zero_grad(set_to_none=False)
+            cross_entropy(model(torch.randn(6, 4), t % period), torch.randint(3, (6,))).backward()
+            optimizer.step()
+        assert all((optimizer.state[head.weight]["Lambda.count"] >= 10).all() for head in model.heads)
+        assert float(optimizer.diagnostics["refreshes"]) < 75
+
+
+def test_what_is_used_no_more_is_looked_for_ever_more_rarely() -> None:
+    """A head that has gradients of zero from some step on."""
+    model = Heads(2)
+    with GRNG(model, "kfac", curvature=Curvature(inverse_every=50)) as optimizer:
+        for t in range(400):
+            optimizer.zero_grad(set_to_none=False)
+            cross_entropy(model(torch.randn(6, 4), t % 2 if t < 30 else 0), torch.randint(3, (6,))).backward()
+            optimizer.step()
+        assert float(optimizer.diagnostics["refreshes"]) < 85, "40 regular steps, the first ones, and a few more"
+
+
 def test_every_step_alike_makes_no_appointments() -> None:
     model = Heads()
     with GRNG(model, "kfac", curvature=Curvature(burn_in=5)) as optimizer:
