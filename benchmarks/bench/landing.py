@@ -13,6 +13,7 @@ from .trial import Outcome
 
 PROBLEMS = {"deepobs-fmnist-2c2d": "fmnist_2c2d", "deepobs-cifar10-3c3d": "cifar10_3c3d"}
 NAMES = {"sgd": "SGD", "sgd-momentum": "momentum", "adamw": "Adam"}  # without weight decay AdamW is Adam
+PLAIN = (("weight_decay", 0.0), ("nesterov", False))  # said, where an optimizer would have something else
 Published = dict[str, dict[str, Any]]
 Pair = tuple[str, str, dict[str, Any], list[Outcome]]  # workload, optimizer, the published curve, our runs
 
@@ -105,5 +106,5 @@ def pairs_of(analysis: Analysis, published: Published) -> list[Pair]:
 def at(theirs: dict[str, Any], run: Outcome) -> bool:
     """Whether a run has the published settings and no others."""
     known = {"lr": theirs["learning_rate"]} | ({"momentum": theirs["momentum"]} if theirs["momentum"] else {})
-    given = {key: value for key, value in run.trial["settings"].items() if (key, value) != ("weight_decay", 0.0)}
+    given = {key: value for key, value in run.trial["settings"].items() if (key, value) not in PLAIN}
     return given.keys() == known.keys() and all(math.isclose(given[key], known[key], rel_tol=1e-4) for key in known)

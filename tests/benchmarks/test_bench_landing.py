@@ -1,9 +1,12 @@
 """Our runs of DeepOBS's problems beside its published curves."""
 
 import math
+from pathlib import Path
 
 import pytest
-from grng.benchmarks.bench import Store, Trial, read_targets
+from grng.benchmarks.bench import Job, Store, Trial, read_targets
+from grng.benchmarks.bench.landing import at
+from grng.benchmarks.bench.recipes import read_bench_recipe
 from grng.benchmarks.bench.report import write_report
 from grng.benchmarks.workloads import deepobs
 
@@ -81,3 +84,16 @@ def test_targets_are_the_published_ones():
         target = targets[f"deepobs-{problem.replace('_', '-')}"]
         assert (target.value, target.metric, target.goal) == (value, "accuracy", "max")
         assert math.isfinite(value)
+
+
+@pytest.mark.parametrize("recipe", ["deepobs-fmnist", "deepobs-cifar10"])
+def test_what_the_recipes_run_lands(recipe, tmp_path):
+    """With the settings as they reach the optimizer, those that its row of the roster fixes included."""
+    options = read_bench_recipe(Path(__file__).parents[2] / "recipes" / "bench" / f"{recipe}.toml")
+    job = Job(options["workloads"], options["optimizers"], tmp_path, device="cpu", settings=options["settings"])
+    for contestant in job.contestants:
+        settings, horizon = job.best([], options["workloads"][0], contestant)
+        given = options["settings"][contestant.name]
+        theirs = {"learning_rate": given["lr"], "momentum": given.get("momentum", 0.0)}
+        assert at(theirs, made(FMNIST, contestant.name, [0.5], settings=settings)), contestant.name
+        assert horizon == 1.0
