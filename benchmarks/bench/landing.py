@@ -5,7 +5,7 @@ import math
 from statistics import fmean, median
 from typing import Any
 
-from ..plots import STYLE, colours
+from ..plots import STYLE
 from .analysis import Analysis
 from .figures import median_curve, runs_of
 from .section import Section
@@ -14,6 +14,7 @@ from .trial import Outcome
 PROBLEMS = {"deepobs-fmnist-2c2d": "fmnist_2c2d", "deepobs-cifar10-3c3d": "cifar10_3c3d"}
 NAMES = {"sgd": "SGD", "sgd-momentum": "momentum", "adamw": "Adam"}  # without weight decay AdamW is Adam
 PLAIN = (("weight_decay", 0.0), ("nesterov", False))  # said, where an optimizer would have something else
+OURS = "#B2182B"  # unlike the greys of the published curves
 Published = dict[str, dict[str, Any]]
 Pair = tuple[str, str, dict[str, Any], list[Outcome]]  # workload, optimizer, the published curve, our runs
 
@@ -68,9 +69,11 @@ def landing_figure(analysis: Analysis, published: Published) -> Any:
     with rc_context(STYLE):
         figure = Figure(figsize=(10.6, 3.1 * len(workloads)), layout="constrained")
         grid = figure.subplots(len(workloads), len(NAMES), squeeze=False, sharex="row", sharey="row")
-        hues = colours(list(NAMES))
+        for axis in grid.flat:
+            axis.set_visible(False)  # until there is something to show
         for workload, name, theirs, runs in pairs:
             axis = grid[workloads.index(workload)][list(NAMES).index(name)]
+            axis.set_visible(True)
             shown = range(1, len(theirs["median"]))
             axis.fill_between(
                 shown, theirs["lowest"][1:], theirs["highest"][1:], color="#DDDDDD", label="published, ten seeds"
@@ -78,16 +81,14 @@ def landing_figure(analysis: Analysis, published: Published) -> Any:
             axis.plot(shown, theirs["median"][1:], color="#999999", linewidth=1.0, label="published, median")
             for i, run in enumerate(runs):
                 values = run.values(run.metric)
-                axis.plot(
-                    range(1, len(values) + 1), values, color=hues[name], linewidth=1.2, label="ours" if not i else None
-                )
+                axis.plot(range(1, len(values) + 1), values, color=OURS, linewidth=1.2, label="ours" if not i else None)
             axis.axhline(published[PROBLEMS[workload]]["target"], color="#BBBBBB", linewidth=0.8, linestyle=":")
             axis.set(title=f"{PROBLEMS[workload]}: {NAMES[name]}", xlabel="epochs", xlim=(0, len(shown)))
             low, high = min(theirs["lowest"][3:]), max(theirs["highest"])
             axis.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
         for row in grid:
             row[0].set_ylabel("test accuracy")
-        grid[0][0].legend(loc="lower right")
+        next(axis for axis in grid.flat if axis.get_visible()).legend(loc="lower right")
     return figure
 
 
