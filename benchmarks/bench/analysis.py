@@ -124,15 +124,12 @@ class Analysis:
 
     def run_scores(self) -> dict[str, float]:
         """AlgoPerf's score of the median times of the seeds at the best setting."""
-        times = {w: row for w, row in self.times().items() if any(t < math.inf for t in row.values())}
-        return dict(sorted(scores(times).items(), key=lambda pair: -pair[1])) if times else {}
+        return ranked(self.times())
 
     def tuned_scores(self) -> dict[str, float]:
         """AlgoPerf's score proper, of who searched everywhere: of the studies, each as fast as its fastest trial."""
         everywhere = set.intersection(*(set(row) for row in self.tuned.values())) if self.tuned else set()
-        kept = {w: {name: t for name, t in row.items() if name in everywhere} for w, row in self.tuned.items()}
-        times = {w: row for w, row in kept.items() if any(t < math.inf for t in row.values())}
-        return dict(sorted(scores(times).items(), key=lambda pair: -pair[1])) if times else {}
+        return ranked({w: {name: row[name] for name in row if name in everywhere} for w, row in self.tuned.items()})
 
     def against_rivals(self) -> list[Comparison]:
         """On every workload, the fastest of ours against the fastest of the rivals."""
@@ -204,6 +201,12 @@ def analyse(outcomes: Sequence[Outcome], targets: Mapping[str, Target], clock: s
         if any(o.workload == workload for o in trials)
     }
     return Analysis(clock, known, lines, tuned, list(outcomes))
+
+
+def ranked(times: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Scores, the best first, over the workloads whose target somebody reached."""
+    known = {w: row for w, row in times.items() if any(t < math.inf for t in row.values())}
+    return dict(sorted(scores(known).items(), key=lambda pair: -pair[1])) if known else {}
 
 
 def check_alike(runs: Sequence[Outcome]) -> None:

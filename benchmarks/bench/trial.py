@@ -326,7 +326,7 @@ class Keeper:
         if self.diagnosis:
             self.diagnosis.before = None if state["gradient"] is None else state["gradient"].to(self.device)
         outcome.rows, outcome.continued = state["rows"], state["continued"] + 1
-        self.generators = {name: value for name, value in state["generators"].items()}
+        self.generators = state["generators"]
         return Trace(**state["trace"])
 
     def restore_generators(self) -> None:
