@@ -11,7 +11,7 @@ from grng.damping import squared_norm
 from grng.errors import check_nonnegative, invalid
 from grng.torch_optim import StrictOptimizer, scalar
 
-from .common import evaluated, refuse_sparse
+from .common import check_betas, evaluated, refuse_sparse
 
 AVERAGES = ("exp_avg", "exp_avg_diff", "exp_avg_sq")  # m, v, n
 
@@ -155,12 +155,7 @@ def check_group(group: dict[str, Any], max_grad_norm: float) -> None:
     """Refuse Adan's own settings of a param group that are out of range."""
     for name in ("eps", "max_grad_norm"):
         check_nonnegative(name, group[name])
-    betas = group["betas"]
-    if not isinstance(betas, tuple | list) or len(betas) != 3:
-        raise invalid("betas", betas, "three numbers in [0, 1)")
-    for beta in betas:
-        if isinstance(beta, bool) or not isinstance(beta, int | float) or not 0 <= beta < 1:
-            raise invalid("betas", betas, "three numbers in [0, 1)")
+    check_betas(group["betas"], 3)
     if not isinstance(group["no_prox"], bool):
         raise invalid("no_prox", group["no_prox"], "True or False")
     if group["max_grad_norm"] != max_grad_norm:

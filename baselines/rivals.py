@@ -178,14 +178,25 @@ class Driven(Optimizer):
     def _saved(self) -> list[Any]:
         return [*([] if self.first is None else [self.first]), *self.parts]
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only while it is built: the parts would know nothing of it."""
+        if hasattr(self, "_finalizer"):
+            raise RuntimeError(
+                "param groups cannot be added to a rival, which finds what it trains when it is built: call close() "
+                "and build it anew"
+            )
+        super().add_param_group(param_group)
+
     def state_dict(self) -> dict[str, Any]:
-        """Those of the parts."""
-        return {"parts": [part.state_dict() for part in self._saved()]}
+        """As torch's, with those of the parts."""
+        return {**super().state_dict(), "parts": [part.state_dict() for part in self._saved()]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
-        for part, saved in zip(self._saved(), state_dict["parts"], strict=True):
-            part.load_state_dict(copy.deepcopy(saved))  # SINGD empties what it is given and keeps its matrices
+        parts = [copy.deepcopy(saved) for saved in state_dict["parts"]]  # SINGD empties what it is given and keeps it
+        super().load_state_dict({name: value for name, value in state_dict.items() if name != "parts"})
+        for part, saved in zip(self._saved(), parts, strict=True):
+            part.load_state_dict(saved)
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 from grng.errors import check_nonnegative, invalid
 from grng.torch_optim import StrictOptimizer, scalar
 
-from .common import evaluated, refuse_sparse
+from .common import check_betas, evaluated, refuse_sparse
 
 
 class SOAP(StrictOptimizer):
@@ -80,10 +80,10 @@ class SOAP(StrictOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         check_nonnegative("eps", group["eps"])
-        betas = group["betas"]
-        for name, beta in (("betas", betas[0]), ("betas", betas[1]), ("shampoo_beta", group["shampoo_beta"])):
-            if beta is not None and not 0 <= beta < 1:
-                raise invalid(name, beta, "in [0, 1)")
+        check_betas(group["betas"], 2)
+        shampoo_beta = group["shampoo_beta"]
+        if shampoo_beta is not None and not 0 <= shampoo_beta < 1:
+            raise invalid("shampoo_beta", shampoo_beta, "in [0, 1), or None")
         for name in ("interval", "max_dim"):
             if type(group[name]) is not int or group[name] < 1:
                 raise invalid(name, group[name], "a whole number, at least 1")

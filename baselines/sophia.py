@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from grng.errors import check_nonnegative, invalid
 from grng.regularizers.explicit import ProductPass
 from grng.torch_optim import StrictOptimizer, initialises, scalar
 
-from .common import evaluated, refuse_sparse
+from .common import check_betas, evaluated, refuse_sparse
 
 RNG = ("fisher_rng", "likelihood", "loss_scale")  # of the labels that are drawn, under the first parameter
 
@@ -35,16 +35,23 @@ class Sophia(StrictOptimizer):
         super()._check_group(group)
         for name in ("rho", "eps"):
             check_nonnegative(name, group[name])
-        betas, interval = group["betas"], group["interval"]
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            raise invalid("betas", betas, "two numbers in [0, 1)")
+        check_betas(group["betas"], 2)
+        interval = group["interval"]
         if type(interval) is not int or interval < 1:
             raise invalid("interval", interval, "a whole number of steps, at least 1")
+        for name in self.common:
+            if group[name] != self._common(name):
+                raise invalid(name, group[name], f"the same in all param groups, {self._common(name)!r}")
+
+    common: ClassVar[tuple[str, ...]] = ("interval",)  # settings of which there is one for all param groups
+
+    def _common(self, name: str) -> Any:
+        return self.param_groups[0][name]
 
     @property
     def interval(self) -> int:
         """Steps between estimates, for all param groups."""
-        return int(self.defaults["interval"])
+        return int(self._common("interval"))
 
     def _moments(self, p: Tensor) -> dict[str, Any]:
         state = self.state[p]
@@ -170,13 +177,17 @@ class SophiaG(Sophia):
         super().__init__(named_groups(model, params, names), defaults)
         self._sampled: dict[Tensor, Tensor] = {}
         layers = [plain_layer(names[p], model, p) for group in self.param_groups for p in group["params"]]
-        self._capture = Capture(model, layers, config, Hook(self, "_observe"))
+        self._capture = Capture(model, layers, config, Hook(self, "_observe"), dropped=Hook(self, "_forget"))
         self._finalizer = weakref.finalize(self, self._capture.close)
         self._capture.finish_step(self._due())
 
     def _observe(self, layer: Layer, statistics: Statistics) -> None:
         p, found = layer.owner, statistics.gradient().view_as(layer.owner)
         self._sampled[p] = self._sampled[p] + found if p in self._sampled else found
+
+    def _forget(self) -> None:
+        self._sampled.clear()
+        self._capture.forget()
 
     def _due(self) -> bool:
         """Whether an estimate is taken at the coming step: the interval-th, twice interval-th ..."""
@@ -195,12 +206,15 @@ class SophiaG(Sophia):
         """A context in which forward and backward passes are not measured."""
         return self._capture.paused()
 
+    def around_passes(self, scale: Tensor | None) -> AbstractContextManager[None]:
+        """A context for the passes of a step that somebody else takes: see `grng.curvature.Capture.around_passes`."""
+        return self._capture.around_passes(scale)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; what was measured along with these gradients is dropped with them."""
         super().zero_grad(set_to_none)
         if self._capture.collecting:
-            self._sampled.clear()
-            self._capture.forget()
+            self._forget()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -317,9 +331,16 @@ class SophiaH(Sophia):
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "rho": rho, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"interval": interval, "distribution": distribution, "seed": seed}
-        if distribution not in ("gaussian", "rademacher"):
-            raise invalid("distribution", distribution, '"gaussian" or "rademacher"')
         super().__init__(params, defaults)
+
+    common: ClassVar[tuple[str, ...]] = ("interval", "distribution", "seed")
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        if group["distribution"] not in ("gaussian", "rademacher"):
+            raise invalid("distribution", group["distribution"], '"gaussian" or "rademacher"')
+        if type(group["seed"]) is not int:
+            raise invalid("seed", group["seed"], "a whole number")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -353,11 +374,12 @@ class SophiaH(Sophia):
 
     def _drawing(self) -> Callable[[Tensor], Tensor]:
         """What draws z, from the seed and the number of steps alone, so that a resumed run needs no more."""
-        generator = torch.Generator().manual_seed((self.defaults["seed"] << 32) + self._count())
+        generator = torch.Generator().manual_seed((self._common("seed") << 32) + self._count())
+        signs = self._common("distribution") == "rademacher"
 
         def draw(p: Tensor) -> Tensor:
             z = torch.randn(p.shape, generator=generator, dtype=p.dtype)
-            return (z.sign() if self.defaults["distribution"] == "rademacher" else z).to(p.device)
+            return (z.sign() if signs else z).to(p.device)
 
         return draw
 

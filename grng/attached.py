@@ -77,7 +77,9 @@ class AttachedOptimizer(StrictOptimizer):
         preconditioner.attach(self)
         preconditioner.setup(self._groups, curvature)
         # A weak sink: the finalizer keeps the capture, which must not keep this optimizer.
-        self._capture = Capture(model, self._layers, curvature, Hook(self, "_observe"), twice)
+        self._capture = Capture(
+            model, self._layers, curvature, Hook(self, "_observe"), twice, dropped=Hook(self, "_forget")
+        )
         self._finalizer = weakref.finalize(self, self._capture.close)
         self._model = weakref.ref(model)
         self._schedule = Schedule(self._layers, curvature, preconditioner)
@@ -215,9 +217,9 @@ class AttachedOptimizer(StrictOptimizer):
         """Tell of a gradient that was formed without `loss.backward()`, for the check of what is captured."""
         self._capture.note_gradient(p, gradient)
 
-    def expect_scale(self, scale: Tensor | None) -> None:
-        """Tell what the loss of the coming backward passes is multiplied by; None where it is not known to be."""
-        self._capture.expect_scale(scale)
+    def around_passes(self, scale: Tensor | None) -> AbstractContextManager[None]:
+        """A context for the passes of a step that somebody else takes: see :meth:`Capture.around_passes`."""
+        return self._capture.around_passes(scale)
 
     def _due(self) -> bool:
         """Whether the coming step measures."""

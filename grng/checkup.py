@@ -14,6 +14,7 @@ from grng.curvature.passes import find_output
 from grng.errors import invalid
 from grng.invariance import Loss, Property, attaching, backward, invariances, put_back
 from grng.optimizer import GRNG
+from grng.variants import find_variant
 
 Gradients = dict[str, Tensor]
 TREATMENTS = ("verified", "approximation", "fallback", "unused", "wrong")
@@ -86,7 +87,7 @@ def check(
     inputs: Any,
     loss: Loss | None = None,
     *,
-    variants: Sequence[str] = ("ring", "kalman"),
+    variants: str | Sequence[str] = ("ring", "kalman"),
     curvature: Curvature | None = None,
 ) -> Checkup:
     """Take two steps of every variant on a model of your own, look at every parameter, and put the model back.
@@ -96,7 +97,7 @@ def check(
         inputs: a batch: what `loss` takes; a tensor, or tensors in tuples, lists and dicts, samples first.
         loss: of (model, inputs). None: cross-entropy of the model's last dimension against random labels, the model
             called with the tensor, or with a dict as keywords.
-        variants: which.
+        variants: one, or several.
         curvature: the settings; None: the defaults.
 
     Returns:
@@ -117,6 +118,11 @@ def check(
         micro-batches, ring: holds
         ok: 4 verified, 0 approximation, 1 fallback, 0 unused, 0 wrong; properties: 4 hold, 0 broken, 0 without occasion
     """
+    variants = (variants,) if isinstance(variants, str) else tuple(variants)
+    if not variants:
+        raise invalid("variants", variants, "at least one variant")
+    for variant in variants:
+        find_variant(variant)
     if loss is None:
         inputs, loss = random_labels(model, inputs)
     curvature = Curvature() if curvature is None else curvature

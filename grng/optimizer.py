@@ -177,7 +177,7 @@ class GRNG(AttachedOptimizer):
         me = weakref.ref(self)  # no cycle: hooks go with the last reference to the optimizer
         groups = lambda: me().param_groups  # type: ignore[union-attr]  # noqa: E731
         capture = self._capture
-        return FrontEnd(chain, groups, self._called, capture.paused, capture.note_gradient, capture.expect_scale)
+        return FrontEnd(chain, groups, self._called, capture.paused, capture.note_gradient, capture.around_passes)
 
     # The step.
 
@@ -311,6 +311,7 @@ class GRNG(AttachedOptimizer):
             directions, scale, square_norm, ok = self._directions(gradients)
         if directions is not None:
             update_(self.param_groups, self.state, gradients, directions, ok, self._curvature.factor_dtype)
+            torch.clear_autocast_cache()  # one around the whole loop keeps casts of the weights
             self._schedule.note(gradients, self._current if due else None)
         self._scalars["kl_scale"] = scale
         self._scalars["grad_norm"] = square_norm.sqrt()

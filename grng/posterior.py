@@ -1,7 +1,7 @@
 """What a Bayesian optimizer knows: a Gaussian over the parameters, to look at, to draw from and to predict with."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,8 +12,8 @@ from torch.func import functional_call, jacrev, vmap
 from grng.curvature import Layer
 from grng.curvature.order import ROWS
 from grng.curvature.passes import find_output
-from grng.errors import invalid
-from grng.kernels import Columns
+from grng.errors import finite, invalid
+from grng.kernels import Columns, full_precision
 
 if TYPE_CHECKING:
     from grng.optimizer import GRNG
@@ -89,17 +89,22 @@ class Posterior:
         self._held = optimizer._model()  # which the optimizer itself does not keep alive
 
     def _scale(self, temperature: float, data_size: float | None) -> float:
-        for name, value in (("temperature", temperature), ("data_size", data_size)):
-            if value is not None and not value > 0:
-                raise invalid(name, value, "> 0" + (", or None" if name == "data_size" else ""))
+        if not (finite(temperature) and temperature > 0):
+            raise invalid("temperature", temperature, "a finite number > 0")
         if data_size is None:
             return float(temperature)
+        if not (finite(data_size) and data_size > 0):
+            raise invalid("data_size", data_size, "a finite number > 0, or None")
         return float(temperature) * self.seen / data_size
 
     @property
     def seen(self) -> float:
         """n_eff: how many samples the covariance holds the information of."""
         return float(torch.stack([s.amax() for s in self._method().seen.stacks]).amax())
+
+    def _precisely(self) -> AbstractContextManager[None]:
+        """Where the user's autocast does not reach."""
+        return full_precision(self._optimizer._device)
 
     def _named(self, stacks: list[Tensor]) -> ByName:
         """Group stacks (k, n_out, n_in) as tensors by parameter name."""
@@ -118,7 +123,8 @@ class Posterior:
     def variance(self, temperature: float = 1.0, data_size: float | None = None) -> ByName:
         """Marginal variances of the covered parameters, by name."""
         scale = self._scale(temperature, data_size)
-        stacks = self._method().variance()
+        with self._precisely():
+            stacks = self._method().variance()
         return {name: scale * part for name, part in self._named(stacks).items()}
 
     def sample(
@@ -126,7 +132,8 @@ class Posterior:
     ) -> ByName:
         """One draw of all parameters, by name; those that are not covered at their mean."""
         scale = self._scale(temperature, data_size) ** 0.5
-        drawn = self._named(self._method().draw(generator))
+        with self._precisely():
+            drawn = self._named(self._method().draw(generator))
         return {
             name: mean + (scale * drawn[name]).to(mean.dtype) if name in drawn else mean
             for name, mean in self.mean.items()
@@ -142,16 +149,19 @@ class Posterior:
         """
         draw = self.sample(generator, temperature, data_size)
         saved = [(p, p.detach().clone(), draw[name]) for p, name in self._trained()]
-        try:
+
+        def move(values: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
             with torch.no_grad():
-                for p, _, value in saved:
+                for p, value in values:
                     p.copy_(value)
+            torch.clear_autocast_cache()  # an autocast around this keeps casts of the weights
+
+        try:
+            move((p, value) for p, _, value in saved)
             with self._optimizer.paused():
                 yield draw
         finally:
-            with torch.no_grad():
-                for p, value, _ in saved:
-                    p.copy_(value)
+            move((p, value) for p, value, _ in saved)
 
     # Predictions.
 
@@ -193,6 +203,10 @@ class Posterior:
             x: what the model is called with.
         """
         model, scale = self._model(), self._scale(temperature, data_size)
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "linearised() takes derivatives, which torch.inference_mode() forbids: leave it out, or take predict()"
+            )
         with evaluating(model):
             f, spread = self._spread(model, x)
         spread = scale * spread
@@ -220,8 +234,9 @@ class Posterior:
                     if statistics.samples != len(f) or layer.order == ROWS:
                         raise TypeError(f"layer {layer.name!r} does not see the samples one by one: use predict()")
                     uses.setdefault(layer, []).append(statistics.columns())
-            for layer, found in uses.items():
-                flat[:, output_] += method.spread(layer, type(found[0]).joined(found, 2)).to(f.dtype)
+            with self._precisely():
+                for layer, found in uses.items():
+                    flat[:, output_] += method.spread(layer, type(found[0]).joined(found, 2)).to(f.dtype)
         plain = [layer for layer in covered if layer.plain]
         return f, spread + self._plain_spread(model, x, f, plain) if plain else spread
 
@@ -278,14 +293,15 @@ class Posterior:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, the modules are in evaluation mode; afterwards each in its own."""
+    """Inside, the modules are in evaluation mode; afterwards each in its own, by its own train(), which may do more."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, training in modes:  # parents before children
+            if module.training != training:
+                module.train(training)
 
 
 def output(value: Any) -> Tensor:

@@ -45,6 +45,7 @@ class Capture:
         config: the settings.
         sink: called for every use of every layer, inside the backward pass.
         twice: whether a step takes a second pass.
+        dropped: called where the gradients are found gone that what was measured belongs to.
     """
 
     def __init__(
@@ -54,14 +55,16 @@ class Capture:
         config: Curvature,
         sink: Callable[[Layer, Statistics], None],
         twice: bool = False,
+        dropped: Callable[[], None] = lambda: None,
     ) -> None:
-        self.layers, self.config = layers, config
+        self.layers, self.config, self._dropped = layers, config, dropped
         self.collecting = True
         self._thread = threading.local()
         self.entered = False  # whether a forward pass was ever seen
         self.batch: Batch | None = None
         self.fisher = FisherReader(config)
         self._busy = False
+        self._left = False  # the last backward pass of this step left gradients
         self._probed: tuple[Pass, Tensor] | None = None  # the last forward pass, where only that is wanted
         self._probing = False
         self._unreadable = False  # the step's output gradient is zero or not finite: there is nothing to check against
@@ -166,6 +169,7 @@ class Capture:
         self.engine.listen(current)
         if current.context.closed or not self.collecting:
             return  # the graph is walked again: its labels were drawn and its rows counted; or the step is abandoned
+        self._drop_stale()
         # The node that runs this hook; holding it from the forward pass on would be a cycle through the graph.
         place = GradientEdge(torch._C._current_autograd_node(), number)
         with torch.no_grad(), self._nested(f.device):
@@ -198,6 +202,7 @@ class Capture:
         def ended() -> None:
             if self.collecting:
                 self._deliver.held(current.context)
+                self._left = self._gradients_are_there()
             current.close(keep_graph)
 
         torch.autograd.Variable._execution_engine.queue_callback(ended)
@@ -228,6 +233,8 @@ class Capture:
         if not e.numel():  # an empty batch, or an expert that nothing was sent to
             self._check.idle(layer)
             return
+        if context.normaliser is None:  # the first of its backward pass: a layer whose output is the model's
+            self._drop_stale()
         with torch.no_grad(), full_precision(e.device):
             e = e.detach()
             if layer.pending:
@@ -309,9 +316,31 @@ class Capture:
             layer.status = worst
         warn(failed)
 
-    def expect_scale(self, scale: Tensor | None) -> None:
-        """What the loss of the coming backward passes is multiplied by; None where it is not known to be."""
-        self.fisher.scale = scale
+    # What is measured belongs to the gradients that came with it.
+
+    def _gradients_are_there(self) -> bool:
+        return any(p.grad is not None for layer in self.layers for p in layer.parameters)
+
+    def _drop_stale(self) -> None:
+        """Where somebody has dropped the gradients of this step, as model.zero_grad() does, what was measured along
+        with them goes too."""
+        if self._left and not self._gradients_are_there():
+            self._dropped()
+            self.forget()
+
+    @contextmanager
+    def around_passes(self, scale: Tensor | None) -> Iterator[None]:
+        """Around the passes of a step, in which gradients of before are taken away and given back.
+
+        Args:
+            scale: what their loss is multiplied by; None where it is not known to be.
+        """
+        self._drop_stale()
+        self._left, self.fisher.scale = False, scale
+        try:
+            yield
+        finally:
+            self._left, self.fisher.scale = self._gradients_are_there(), None
 
     # The self-check.
 
@@ -341,7 +370,7 @@ class Capture:
         """Drop what backward passes have delivered for this step, not the forward passes that wait for theirs."""
         self.fisher.noise.forget()
         self.batch = None
-        self._unreadable = False
+        self._unreadable = self._left = False
         self._deliver.layers.clear()
         self._check.forget()
 

@@ -47,7 +47,7 @@ class ASAM(GNP):
 
     @property
     def needs_names(self) -> bool:
-        return self.rule == "official"
+        return self.rule == "official" or super().needs_names
 
     def displacement(self, parameters: Parameters, first: Gradients, t: int) -> list[Tensor]:
         lengths = [self._length(p, name) for p, name in zip(parameters.tensors, parameters.names, strict=True)]

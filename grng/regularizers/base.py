@@ -63,6 +63,8 @@ class Regularizer(Schedule, ABC):
             rules = (self.exclude,) if isinstance(self.exclude, str) else tuple(self.exclude)
             object.__setattr__(self, "exclude", rules)
         if not callable(self.exclude):
+            if not isinstance(self.exclude, tuple):
+                raise invalid("exclude", self.exclude, f"any of {', '.join(RULES)}, or a function of (name, parameter)")
             for rule in self.exclude:
                 if rule not in RULES:
                     raise unknown("rule to exclude", rule, RULES, "Or give a function of (name, parameter).")
@@ -70,7 +72,7 @@ class Regularizer(Schedule, ABC):
     @property
     def needs_names(self) -> bool:
         """Whether the rule looks at the parameters' names."""
-        return False
+        return callable(self.exclude)
 
     @property
     def needs_model(self) -> bool:
@@ -262,9 +264,8 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
     """
     if not tensors:
         return torch.zeros(())
-    norms = torch._foreach_norm(tensors)
-    wide = max((n.dtype for n in norms), key=lambda d: torch.finfo(d).bits)
-    return torch.linalg.vector_norm(torch.stack([n.to(wide) for n in norms]))
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32  # float16 would overflow
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, dtype=wide)))
 
 
 @dataclass

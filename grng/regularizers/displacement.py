@@ -32,6 +32,7 @@ def displaced(parameters: list[nn.Parameter], by: list[Tensor], sign: float, pre
                     p.copy_(p.float().add_(e, alpha=sign))
                 else:
                     p.add_(e, alpha=sign)
+        torch.clear_autocast_cache()  # an autocast around the passes keeps casts of the weights
         if any(swap):
             with Promoting():
                 yield
@@ -45,6 +46,7 @@ def displaced(parameters: list[nn.Parameter], by: list[Tensor], sign: float, pre
                     p.data = w
                 else:
                     p.copy_(copy)
+        torch.clear_autocast_cache()
 
 
 class Promoting(TorchFunctionMode):

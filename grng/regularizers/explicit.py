@@ -173,8 +173,8 @@ class ProductPass(FirstPass):
             )
         if gradient is not None or inputs is not None:
             raise RuntimeError("modes 'double' and 'ggn' take backward() without gradient= and inputs=")
-        found = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
-        self.gradients, self.loss = list(found), loss
+        found = derivatives(loss, self.parameters, create_graph=True)
+        self.gradients, self.loss = found, loss
         for p, g in zip(self.parameters, found, strict=True):
             if g is not None:
                 self.note(p, g)
@@ -188,9 +188,10 @@ class ProductPass(FirstPass):
         if self.processes is None:
             return tensors
         pairs = zip(self.parameters, tensors, strict=True)
-        found = [torch.zeros_like(p) if t is None else t.clone() for p, t in pairs]
-        self.processes.average_(found)
-        return list(found)
+        found = [torch.zeros_like(p) if t is None and p.requires_grad else t for p, t in pairs]
+        found = [None if t is None else t.clone() for t in found]
+        self.processes.average_([t for t in found if t is not None])
+        return found
 
     def further(self, paused: Callable[[], AbstractContextManager[None]]) -> list[dict[nn.Parameter, Tensor]]:
         if self.gradients is None or self.loss is None:
@@ -221,7 +222,7 @@ class ProductPass(FirstPass):
         if not along:  # a loss that is linear in the parameters
             return (None,) * len(self.parameters)
         gradients, directions = zip(*along, strict=True)
-        return torch.autograd.grad(gradients, self.parameters, directions, allow_unused=True)
+        return derivatives(gradients, self.parameters, directions)
 
     def _gauss_newton(self, have: list[tuple[nn.Parameter, Tensor, Tensor]]) -> Sequence[Tensor | None]:
         r"""J^T H_f J g with f the model's output: J g is the derivative of the linear map v -> <J^T v, g> at any v."""
@@ -240,7 +241,21 @@ class ProductPass(FirstPass):
         if not df.requires_grad:  # a loss that is linear in the output
             return (None,) * len(self.parameters)
         (HJg,) = torch.autograd.grad(df, f, Jg.detach(), retain_graph=True)
-        return torch.autograd.grad(f, self.parameters, HJg, allow_unused=True)
+        return derivatives(f, self.parameters, HJg)
+
+
+def derivatives(
+    outputs: Any, parameters: Sequence[Tensor], directions: Any = None, **settings: Any
+) -> list[Tensor | None]:
+    """torch.autograd.grad by parameter: None for one that is unused, or frozen.
+
+    >>> w, frozen = torch.ones(1, requires_grad=True), torch.ones(1)
+    >>> derivatives((2 * w * frozen).sum(), [w, frozen])
+    [tensor([2.]), None]
+    """
+    moving = [p for p in parameters if p.requires_grad]
+    found = iter(torch.autograd.grad(outputs, moving, directions, allow_unused=True, **settings))
+    return [next(found) if p.requires_grad else None for p in parameters]
 
 
 class _Context(TorchFunctionMode):

@@ -6,7 +6,7 @@ step():                          transforms, in their order -> the optimizer
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,10 +28,11 @@ from grng.regularizers.base import (
     global_norm,
 )
 from grng.regularizers.displacement import RandomState, displaced, kept_buffers, same_random_numbers
-from grng.regularizers.passes import ByParameter, Pass, PutBack, clear, true_gradients
+from grng.regularizers.passes import ByParameter, Pass, PutBack, clear, refuse_sparse, true_gradients
 from grng.regularizers.scaler import Closure, as_scale
 
 Paused = Callable[[], AbstractContextManager[None]]
+Around = Callable[[Tensor | None], AbstractContextManager[None]]
 STEPS = "regularizer_steps"
 
 
@@ -44,7 +45,8 @@ class FrontEnd:
         model: returns the model, for names, kinds and buffers; the DistributedDataParallel module for sync=False.
         paused: a context in which the optimizer captures no curvature.
         note: called with a parameter and its plain gradient where autograd's hooks do not see it.
-        scaled: called with what the loss is multiplied by, as far as that is known, before passes, and with None after.
+        around: a context for the passes of a step, given what their loss is multiplied by, as far as that is known:
+            gradients of before are taken away in it and given back.
     """
 
     def __init__(
@@ -54,14 +56,12 @@ class FrontEnd:
         model: Callable[[], nn.Module | None],
         paused: Paused = nullcontext,
         note: Note = lambda p, g: None,
-        scaled: Callable[[Tensor | None], None] = lambda scale: None,
+        around: Around = lambda scale: nullcontext(),
     ) -> None:
         self.chain = as_chain(regularizers)
         self.method = next((part for part in self.chain if isinstance(part, Passes)), None)
         self.transforms = [part for part in self.chain if isinstance(part, Transform)]
-        self._groups, self._model, self._paused, self._note, self._scaled = groups, model, paused, note, scaled
-        self._facts = Facts.of(model())  # once: a walk through the modules is longer than many a step
-        self._disturbed = [m for m in getattr(model(), "modules", list)() if hasattr(m, "true_gradient")]
+        self._groups, self._model, self._paused, self._note, self._around = groups, model, paused, note, around
         self.t = 0
         self.ready = False  # p.grad holds what the passes of this step amount to
         self.scale: Tensor | None = None  # what they were told that the loss was multiplied by
@@ -73,15 +73,18 @@ class FrontEnd:
 
     def check(self) -> None:
         """Refuse what cannot work: a missing model or missing names, and wrong settings of a param group."""
+        model = self._model()
+        # Here and not in every step: a walk through the modules is longer than many of them.
+        self._facts = Facts.of(model)
+        self._disturbed = [m for m in getattr(model, "modules", list)() if hasattr(m, "true_gradient")]
         check_groups(self.chain, self._groups())
         check_real(p for group in self._groups() for p in group["params"])
-        model = self._model()
         for part in self.chain:
             if part.needs_model and model is None:
                 remedy = "Regularized(base, regularizer, model=model) has it."
                 raise invalid("model", None, f"the model, for {part}", remedy)
             if part.needs_names and not all(self._parameters().names):
-                remedy = "Give model=model, or build the optimizer over model.named_parameters(), or rule='common'."
+                remedy = "Give model=model, or build the optimizer over model.named_parameters()."
                 raise invalid("the parameters' names", "unknown", f"known for {part}", remedy)
         if self.method is not None and any(group.get("maximize") for group in self._groups()):
             remedy = f"{type(self.method).__name__} goes by what rises: negate the loss instead."
@@ -109,9 +112,9 @@ class FrontEnd:
         method, every, scale = self.method, self._parameters(), as_scale(scale)
         before = {p: p.grad for p in every.tensors if p.grad is not None}
         self._zeroed = self.ready = False
-        if not replace:
-            clear(every.tensors)
-        with PutBack(every.tensors, before), self._under(scale):
+        with PutBack(every.tensors, before), self._around(scale):
+            if not replace:
+                clear(every.tensors)
             if method is None or not method.acts(self.t):
                 one = Pass(every.tensors, [])
                 yield one
@@ -123,14 +126,6 @@ class FrontEnd:
                     for p, g in before.items():
                         p.grad = g if p.grad is None else p.grad + g
         self.ready, self.scale = True, scale
-
-    @contextmanager
-    def _under(self, scale: Tensor | None) -> Iterator[None]:
-        self._scaled(scale)
-        try:
-            yield
-        finally:
-            self._scaled(None)
 
     def _regularized(
         self, every: Parameters, method: Passes, scale: Tensor | None, before: ByParameter | None
@@ -148,7 +143,7 @@ class FrontEnd:
         if before and not self._zeroed and any(p.grad is g for p, g in before.items()):
             raise RuntimeError(
                 "the closure adds to gradients that were there before, which the further passes of a regularizer "
-                "cannot repeat: call optimizer.zero_grad() in it"
+                "cannot repeat: call optimizer.zero_grad() in it (or model.zero_grad() with set_to_none=True)"
             )
         first = one.gradients
         moving = every.take([taken and p in first for taken, p in zip(method.takes(every), params, strict=True)])
@@ -196,9 +191,13 @@ class FrontEnd:
         norm = moving.norm if len(moving.values) == len(start) else global_norm(start)
         self.report = measured(norm, start, combined, others if method.signs(self.t) else [], told.pop("share", None))
         self.report |= told
-        if combined and first:
+        if moving.scale is not None:
+            for name in self.report.keys() & {"norm_1", "norm_2"}:
+                self.report[name] = self.report[name] / moving.scale
+        held = [p for p in have.tensors if p.numel()]
+        if held and first:
             # A step whose first gradient is not finite is no step, also where the others are finite.
-            smallest = min((p for p in have.tensors), key=lambda p: p.numel())
+            smallest = min(held, key=lambda p: p.numel())
             assert smallest.grad is not None
             smallest.grad = torch.where(torch.isfinite(norm), smallest.grad, torch.nan)
         self._plain = first
@@ -250,6 +249,7 @@ class FrontEnd:
         transforms = [part for part in self.transforms if part.acts(self.t)]
         if not transforms or not gradients:
             return gradients
+        refuse_sparse(gradients)
         every = self._parameters()
         gradients = dict(gradients)
         for part in transforms:

@@ -93,7 +93,7 @@ class GNP(Passes):
 
     @property
     def needs_scale(self) -> bool:
-        return self.first == "unit" and self.weight != 1
+        return self.first == "unit"  # also where alpha = 1: a warm-up or a param group may have another
 
     def signs(self, t: int) -> tuple[float, ...]:
         # At distance or weight zero the second gradient is the first one, or does not count.

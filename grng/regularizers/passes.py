@@ -32,12 +32,7 @@ class Pass(AbstractContextManager[None]):
     def gradients(self) -> ByParameter:
         if self._gradients is None:
             raise RuntimeError("a pass was not taken: write `for each in optimizer.passes():` and in it `with each:`")
-        sparse = [tuple(p.shape) for p, g in self._gradients.items() if g.layout != torch.strided]
-        if sparse:
-            raise RuntimeError(
-                f"regularizers take dense gradients, but parameters of these shapes have sparse ones: {sparse}. "
-                "Build the embedding with sparse=False"
-            )
+        refuse_sparse(self._gradients)
         return self._gradients
 
 
@@ -70,3 +65,13 @@ def true_gradients(modules: list[nn.Module]) -> Iterator[None]:
 def clear(params: list[nn.Parameter]) -> None:
     for p in params:
         p.grad = None
+
+
+def refuse_sparse(gradients: ByParameter) -> None:
+    """Raise RuntimeError where a gradient is sparse."""
+    sparse = [tuple(p.shape) for p, g in gradients.items() if g.layout != torch.strided]
+    if sparse:
+        raise RuntimeError(
+            f"regularizers take dense gradients, but parameters of these shapes have sparse ones: {sparse}. Build the "
+            "embedding with sparse=False"
+        )

@@ -96,12 +96,12 @@ class Regularized(Optimizer):
                 "GRNG(..., regularizer=...) combines a penalty of its own with AGR and ClipNorm.",
             )
         self.base, self.model, self.skip_nonfinite = base, model, skip_nonfinite
-        self.skipped = 0
+        self._skipped: int | Tensor = 0  # a tensor where the base decides on the device
         self._link()
         paused = getattr(base, "paused", nullcontext)
         note = getattr(base, "note_gradient", lambda p, gradient: None)
-        scaled = getattr(base, "expect_scale", lambda scale: None)
-        self._front = FrontEnd(regularizer, lambda: base.param_groups, lambda: model, paused, note, scaled)
+        around = getattr(base, "around_passes", lambda scale: nullcontext())
+        self._front = FrontEnd(regularizer, lambda: base.param_groups, lambda: model, paused, note, around)
         if not self._front.chain:
             raise invalid("regularizer", regularizer, "a regularizer, or a list with at least one")
 
@@ -135,6 +135,11 @@ class Regularized(Optimizer):
     def regularizers(self) -> tuple[Regularizer, ...]:
         """In the order in which they act."""
         return self._front.chain
+
+    @property
+    def skipped(self) -> int:
+        """How many steps were left out as not finite; a look at a value of the device."""
+        return int(self._skipped)
 
     @property
     def requires_closure(self) -> bool:
@@ -222,8 +227,9 @@ class Regularized(Optimizer):
             finite = torch.isfinite(global_norm(list(gradients.values())))
             if on_device:
                 self.base.found_inf = (~finite).float()  # type: ignore[attr-defined]
+                self._skipped = self._skipped + ~finite
             elif not finite:
-                self.skipped += 1
+                self._skipped += 1
                 return
         params = [p for group in self.param_groups for p in group["params"]]
         held = [p.grad for p in params]
@@ -244,7 +250,7 @@ class Regularized(Optimizer):
         alpha, r, norm_1 and norm_2 (of the first two gradients), cosine (between them), penalty_ratio
         (norm of what was added to the first, over norm_1); skipped: steps left out as not finite.
         """
-        own = getattr(self.base, "diagnostics", {"skipped": torch.tensor(self.skipped)})
+        own = getattr(self.base, "diagnostics", {"skipped": torch.as_tensor(self._skipped)})
         return {**own, **self._front.diagnostics}
 
     # State.
@@ -273,12 +279,11 @@ class Regularized(Optimizer):
         found: list[dict[str, Any]] = []
 
         def take(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            first = saved["param_groups"][0]["params"][0]
-            own = saved["state"].get(first, {})
-            if STEPS not in own:
+            own = next((state for state in saved["state"].values() if STEPS in state), None)
+            if own is None:
                 raise ValueError(
-                    f"the checkpoint was written without regularizers: it holds no {STEPS!r} under the first "
-                    "parameter. Load it by optimizer.base.load_state_dict(...), and the regularizers start at step 0"
+                    f"the checkpoint was written without regularizers: it holds no {STEPS!r} under a parameter. Load "
+                    "it by optimizer.base.load_state_dict(...), and the regularizers start at step 0"
                 )
             found.append({STEPS: own[STEPS], SKIPPED: own.get(SKIPPED, torch.tensor(0))})
             rest = {p: {n: v for n, v in state.items() if n not in found[0]} for p, state in saved["state"].items()}
@@ -286,7 +291,7 @@ class Regularized(Optimizer):
 
         def restore(_: Optimizer) -> None:
             self._front.load_state(found[0])
-            self.skipped = int(found[0][SKIPPED])
+            self._skipped = int(found[0][SKIPPED])
 
         # After the user's own hooks on the way in, before them on the way out.
         hooks = [
@@ -305,7 +310,7 @@ class Regularized(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["base"], **state["settings"])  # type: ignore[misc]
-        self.skipped = state["skipped"]
+        self._skipped = state["skipped"]
         self._front.load_state(state)
 
 

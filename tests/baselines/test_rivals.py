@@ -299,3 +299,25 @@ def test_further_passes_of_a_regularizer_are_not_measured(monkeypatch: pytest.Mo
     assert list(optimizer.regularizers) == [GNP(r=0.1)]
     optimizer.step(closure_of(model, optimizer))
     assert optimizer.base.parts[0].seen == 2, "one pass, two layers"
+
+
+def test_a_checkpoint_under_a_regularizer_holds_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, "singd.optim.optimizer", SINGD=Hooked)
+    first, second = net(), net()
+    stopped, resumed = (make_optimizer("rival-singd+gnp", model, gnp={"r": 0.1}) for model in (first, second))
+    for _ in range(3):
+        stopped.step(closure_of(first, stopped))
+    second.load_state_dict(first.state_dict())
+    resumed.load_state_dict(stopped.state_dict())
+    assert resumed._front.t == 3  # type: ignore[attr-defined]
+    for model, optimizer in ((first, stopped), (second, resumed)):
+        optimizer.step(closure_of(model, optimizer))
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_groups_cannot_be_added_to_a_rival(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would never move them."""
+    stand_in(monkeypatch, "singd.optim.optimizer", SINGD=Hooked)
+    optimizer = make_optimizer("rival-singd", net())
+    with pytest.raises(RuntimeError, match=r"cannot be added to a rival.*build it anew"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})

@@ -463,3 +463,74 @@ def test_sparse_gradients_are_refused(kind: Any) -> None:
 
     with pytest.raises(RuntimeError, match="sparse=False"):
         optimizer.step(closure)
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("zeroed_by", ["model", "optimizer"])
+def test_sophia_g_drops_what_came_with_gradients_that_were_dropped(to_none: bool, zeroed_by: str) -> None:
+    """A batch is thrown away after its backward pass, as under a GradScaler that skips the step."""
+    if zeroed_by == "model" and not to_none:
+        pytest.skip("zeros are gradients: nothing tells them from those of a batch")
+    found = []
+    for wasted in (True, False):
+        model = net()
+        optimizer = SophiaG(model, lr=0.01, interval=1, seed=3)
+        labels = Labels(optimizer)
+        x, y = torch.randn(5, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 2, 0, 1])
+        if wasted:
+            state = optimizer._capture.fisher.generator(torch.device("cpu")).get_state()
+            (float("nan") * cross_entropy(model(10 * x), y)).backward()
+            cross_entropy(model(10 * x), y).backward()
+            (model if zeroed_by == "model" else optimizer).zero_grad(set_to_none=to_none)
+            optimizer._capture.fisher.generator(torch.device("cpu")).set_state(state)
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+        found.append([labels.seen[0][p] for p in model.parameters()] + list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("name", ["sophia-g", "sophia-h"])
+def test_sophia_has_one_interval(name: str) -> None:
+    """A param group of its own is refused, and a checkpoint's is the one that counts."""
+    model = net()
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "interval": 3}]
+    build: Any = SophiaG if name == "sophia-g" else lambda model, groups: SophiaH(groups)
+    with pytest.raises(ValueError, match=r"interval must be the same in all param groups, 10, but is: 3"):
+        build(model, groups)
+    written, read = make_optimizer(name, net(), interval=3), make_optimizer(name, net())
+    read.load_state_dict(written.state_dict())
+    assert read.interval == 3  # type: ignore[attr-defined]
+
+
+def test_sophia_h_beside_frozen_parameters() -> None:
+    model = net()
+    optimizer = SophiaH(model.parameters(), lr=0.01, interval=1)
+    model[2].requires_grad_(False)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = cross_entropy(model(torch.ones(2, 4)), torch.tensor([0, 1]))
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+    assert moved == [True, True, False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: SOAP([nn.Parameter(torch.ones(2))], betas=0.9), "betas must be two numbers"),  # type: ignore[arg-type]
+        (lambda: SOAP([nn.Parameter(torch.ones(2))], betas=(0.9,)), "betas must be two numbers"),  # type: ignore[arg-type]
+        (lambda: SOAP([nn.Parameter(torch.ones(2))], betas=(0.9, None)), "betas must be two"),  # type: ignore[arg-type]
+        (lambda: SOAP([nn.Parameter(torch.ones(2))], shampoo_beta=1.0), r"shampoo_beta must be in \[0, 1\), or None"),
+        (lambda: SophiaH([nn.Parameter(torch.ones(2))], betas=0.9), "betas must be two numbers"),  # type: ignore[arg-type]
+        (lambda: SophiaH([nn.Parameter(torch.ones(2))], distribution="cauchy"), 'distribution must be "gaussian"'),
+        (lambda: SophiaH([nn.Parameter(torch.ones(2))], seed=0.5), "seed must be a whole number"),  # type: ignore[arg-type]
+    ],
+)
+def test_settings_are_refused(build: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()

@@ -271,6 +271,11 @@ def test_refusals() -> None:
         for value in (0.0, -1.0, float("nan")):
             with pytest.raises(ValueError, match=rf"{name} must be .*> 0"):
                 posterior.variance(**{name: value})
+    for value in (None, float("inf")):
+        with pytest.raises(ValueError, match="temperature must be a finite number > 0"):
+            posterior.variance(temperature=value)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode.*predict\(\)"):
+        posterior.linearised(torch.randn(2, 4).double())
     with pytest.raises(ValueError, match=r"samples must be a whole number >= 1.*0"):
         posterior.predict(torch.randn(2, 4).double(), samples=0)
     with pytest.raises(RuntimeError, match="no step was made on a squared error"):
@@ -310,3 +315,58 @@ def test_targets_of_another_shape_are_refused(kind: str, right: tuple[int, ...],
     for shape in wrong:
         with pytest.raises(ValueError, match=r"y must be of shape \(5,.*but is: "):
             found.log_likelihood(torch.zeros(shape, dtype=dtype))
+
+
+@COVARIANCES
+def test_an_autocast_around_everything_keeps_no_weights(covariance: Any) -> None:
+    """It casts every weight once: those of a draw are others, and so are those of a step."""
+    model, x = mlp(4, 5, 3, dtype=torch.float32), torch.randn(6, 4)
+    optimizer = GRNG(model, "kalman", preconditioner=Kalman(covariance=covariance))
+    train(optimizer, model, stream(3, dtype=torch.float32))
+
+    def outputs(outer: bool) -> list[Tensor]:
+        found = []
+        with torch.autocast("cpu", torch.bfloat16, enabled=outer):
+
+            def look() -> None:
+                with torch.autocast("cpu", torch.bfloat16):
+                    found.append(model(x))
+
+            look()
+            with optimizer.posterior.sampled(torch.Generator().manual_seed(1), temperature=10.0):
+                look()
+            look()
+        return [f.detach() for f in found]
+
+    outer, alone = outputs(True), outputs(False)
+    assert all(torch.equal(a, b) for a, b in zip(outer, alone, strict=True))
+    assert torch.equal(outer[0], outer[2])
+    assert not torch.equal(outer[0], outer[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        train(optimizer, model, stream(1, dtype=torch.float32))
+        cached = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(cached, model(x))
+    optimizer.close()
+
+
+class Merging(nn.Linear):
+    """Does more in train() than to note the mode, as layers do that merge low-rank weights for evaluation."""
+
+    merged = 0
+
+    def train(self, mode: bool = True) -> "Merging":
+        self.merged += int(not mode) - int(not self.training)
+        return super().train(mode)
+
+
+def test_modes_are_restored_by_the_modules_own_train() -> None:
+    model = nn.Sequential(Merging(4, 5), nn.Tanh(), nn.Sequential(nn.Dropout(0.5), Merging(5, 3))).double()
+    model[2][0].eval()  # frozen by the user
+    optimizer = GRNG(model, "kalman")
+    train(optimizer, model, stream(2))
+    for look in (lambda x: optimizer.posterior.predict(x, samples=2), optimizer.posterior.linearised):
+        look(torch.randn(2, 4).double())
+        assert [m.training for m in model.modules()] == [True, True, True, True, False, True]
+        assert (model[0].merged, model[2][1].merged) == (0, 0)
+    optimizer.close()

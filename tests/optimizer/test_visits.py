@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from grng import GRNG, Curvature
 from grng.curvature.visits import Visits
+from grng.regularizers import GNP, Regularized
 
 from .cases import relative, vector
 
@@ -290,3 +291,54 @@ def test_parameters_outside_of_layers_may_be_frozen_later(capture: str) -> None:
             frozen.requires_grad_(False)
             held = frozen.detach().clone()
     assert torch.equal(held, frozen)
+
+
+@pytest.mark.parametrize("capture", ["hooks", "backpack"])
+@pytest.mark.parametrize(("variant", "size"), [("kfac", 1), ("kalman", 6), ("ekfac", 6)])
+@pytest.mark.parametrize("step", [0, 1, 10])
+def test_what_came_with_dropped_gradients_is_dropped(variant: str, size: int, step: int, capture: str) -> None:
+    """A batch is thrown away by model.zero_grad(), of which the optimizer is not told."""
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    second = deepcopy(first)
+    settings = Curvature(capture=capture, fisher="exact")
+    pair = [GRNG(m, variant, curvature=settings) for m in (first, second)]
+    for t in range(12):
+        x, y = torch.randn(size, 4).double(), torch.randint(3, (size,))
+        for m, optimizer in zip((first, second), pair, strict=True):
+            if m is first and t == step:
+                for _ in range(2):
+                    cross_entropy(m(100 * x), y).backward()
+                m.zero_grad()
+            cross_entropy(m(x), y).backward()
+            optimizer.step()
+            m.zero_grad()
+    assert all(row.verified == "yes" for row in pair[0].coverage())
+    assert torch.equal(vector(first), vector(second))
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_passes_take_gradients_away_and_give_them_back(outside: bool) -> None:
+    """Micro-batches around passes(), whose gradients are of one step."""
+    x, y = torch.randn(6, 4).double(), torch.randint(3, (6,))
+    ends = []
+    for micro in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+        settings = Curvature(fisher="exact")
+        rule = GNP(0.0)
+        optimizer = (
+            Regularized(GRNG(model, "kfac", curvature=settings), rule)
+            if outside
+            else GRNG(model, "kfac", curvature=settings, regularizer=rule)
+        )
+        for _ in range(3):
+            model.zero_grad()
+            count = 3 if micro else 1
+            for a, b in zip(x.chunk(count), y.chunk(count), strict=True):
+                for each in optimizer.passes():
+                    with each:
+                        (cross_entropy(model(a), b) * len(a) / len(x)).backward()
+            optimizer.step()
+        ends.append(vector(model))
+    assert torch.allclose(*ends, rtol=0, atol=1e-10)

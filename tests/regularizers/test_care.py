@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from grng import GRNG, Curvature
-from grng.regularizers import AGR, ASAM, GNP, SAM, Explicit, Regularized
+from grng.regularizers import AGR, ASAM, GNP, SAM, ClipNorm, Explicit, Regularized
 
 from ..optimizer.cases import closure_of, cnn, mixed, mlp, stream, vector
 
@@ -252,5 +252,93 @@ def test_a_gradient_that_is_not_finite_skips_the_step(bad: float, base: str, alp
     optimizer.step(closure(False))
     assert not torch.equal(vector(model), before)
     assert vector(model).isfinite().all()
-    if base != "adamw fused":  # which decides on the device, and tells nobody
-        assert int(optimizer.diagnostics["skipped"]) == 1
+    assert int(optimizer.diagnostics["skipped"]) == 1
+    if isinstance(optimizer, Regularized):
+        assert optimizer.skipped == 1
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_second_gradient_that_is_finite_does_not_hide_the_first(empty: bool) -> None:
+    """Also where the smallest parameter holds nothing that could be marked."""
+    w = nn.Parameter(torch.tensor([1.0, 2.0]))
+    parameters = [w, *([nn.Parameter(torch.zeros(0))] if empty else [])]
+    optimizer, calls = Regularized(torch.optim.SGD(parameters, lr=0.1), SAM(0.05)), []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        calls.append(1)
+        loss = sum(p.square().sum() for p in parameters) * (float("nan") if len(calls) == 1 else 1.0)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert optimizer.skipped == 1
+    assert w.tolist() == [1.0, 2.0]
+
+
+def test_a_norm_that_float16_cannot_hold_is_finite() -> None:
+    """It ends at 65504; 1000 entries of 20000 have the norm 632456."""
+    w = nn.Parameter(torch.zeros(1000, dtype=torch.float16))
+    optimizer = Regularized(torch.optim.SGD([w], lr=1e-3), ClipNorm(1e6))
+    w.grad = torch.full_like(w, 2e4)
+    optimizer.step()
+    assert optimizer.skipped == 0
+    assert w.detach().float().mean().item() == pytest.approx(-20.0, rel=1e-2)
+
+
+@rules
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_autocast_around_everything_keeps_no_weights(rule: Any, dtype: torch.dtype) -> None:
+    """It casts every weight once: those of the displaced passes and of the next step are others."""
+    ends = []
+    for outer in (True, False):
+        model = mlp(4, 5, 3, dtype=torch.float32)
+        optimizer = sgd(model, rule(), lr=0.5)
+
+        def closure(batch: Any, model: nn.Module = model, optimizer: Any = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype):
+                loss = cross_entropy(model(batch[0]).float(), batch[1])
+            loss.backward()
+            return loss
+
+        with torch.autocast("cpu", dtype, enabled=outer):
+            for batch in stream(1, dtype=torch.float32):
+                optimizer.step(lambda batch=batch: closure(batch))
+        ends.append(vector(model))
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("mode", ["double", "ggn"])
+@pytest.mark.parametrize("variant", [None, "reng"])
+def test_products_beside_frozen_parameters(mode: Any, variant: str | None) -> None:
+    """Frozen after the optimizer was built: the step is that of one that never knew them."""
+    ends = []
+    for known in (True, False):
+        model, (x, y) = mlp(4, 5, 4, 3), stream(1)[0]
+        if not known:
+            model[2].requires_grad_(False)
+        params = [p for p in model.parameters() if p.requires_grad]
+        optimizer: Any = (
+            GRNG(model, "reng", mode=mode)
+            if variant
+            else Regularized(torch.optim.SGD(params, lr=0.1), Explicit(0.1, mode), model=model)
+        )
+        model[2].requires_grad_(False)
+        before = vector(model[2])
+        for _ in range(2):
+            optimizer.step(closure_of(optimizer, model, [(x, y)]))
+        assert torch.equal(vector(model[2]), before)
+        ends.append(vector(model))
+    assert torch.allclose(*ends, rtol=0, atol=1e-12)
+
+
+def test_parameters_of_later_layers_are_known() -> None:
+    """What stands in a rule's way is looked at when a group is added."""
+    model = mlp(4, 5, 3, dtype=torch.float32)
+    optimizer = sgd(model, SAM(0.05, exclude="norm"), model=model)
+    model.append(nn.LayerNorm(3))
+    optimizer.add_param_group({"params": list(model[-1].parameters())})
+    every = optimizer._front._parameters()
+    assert every.names[-2:] == ["3.weight", "3.bias"]
+    assert optimizer.regularizers[0].takes(every) == [True] * 4 + [False] * 2

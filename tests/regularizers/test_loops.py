@@ -19,6 +19,7 @@ RULES: dict[str, Callable[[], Any]] = {
     "gnp": lambda: GNP(0.05),
     "unit": lambda: GNP(0.05, first="unit"),
     "sam": lambda: SAM(0.05),
+    "unit ramped": lambda: GNP(0.05, 1.0, first="unit", warmup="lambda", warmup_steps=8),
     "squared": lambda: Explicit(0.3, "forward"),
     "unnormalised": lambda: Explicit(0.3, "forward", normalize=False),
     "double": lambda: Explicit(0.3, "double"),
@@ -128,7 +129,7 @@ def test_a_closure_through_a_scaler_is_refused(build: Any) -> None:
     assert not torch.equal(vector(model), before)
 
 
-@pytest.mark.parametrize("name", ["unit", "squared", "unnormalised", "double"])
+@pytest.mark.parametrize("name", ["unit", "unit ramped", "squared", "unnormalised", "double"])
 def test_a_rule_that_needs_the_scale_says_so(name: str) -> None:
     model, (x, y) = mlp(4, 5, 3, dtype=torch.float32), stream(1, dtype=torch.float32)[0]
     optimizer, scaler = BASES["sgd"](model, RULES[name]()), GradScaler("cpu")

@@ -144,8 +144,8 @@ def test_rule(name: str, B: int) -> None:
     ids=str,
 )
 def test_a_scaled_loss(rule: Any) -> None:
-    """Under a GradScaler's factor: the same step as without."""
-    ends = []
+    """Under a GradScaler's factor: the same step as without, and the same diagnostics."""
+    ends, told = [], []
     for scale in (1.0, 1024.0):
         model, (x, y) = mlp(4, 6, 3), stream(1)[0]
         optimizer = Regularized(torch.optim.SGD(model.parameters(), lr=LR), rule)
@@ -156,8 +156,10 @@ def test_a_scaled_loss(rule: Any) -> None:
         scaler.unscale_(optimizer)
         scaler.step(optimizer)
         ends.append(vector(model))
+        told.append({name: float(value) for name, value in optimizer.diagnostics.items()})
     assert relative(ends[1], ends[0]) < 1e-6
     assert relative(ends[0], vector(mlp(4, 6, 3))) > 1e-3
+    assert told[0] == pytest.approx(told[1], rel=1e-6)
 
 
 SCOPES: dict[str, Callable[[list[Tensor], list[int]], list[Tensor]]] = {
