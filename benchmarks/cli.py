@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from .architectures.cli import add_check
 from .bench.cli import add_bench
 from .compare import compare
-from .config import CompareConfig, parse_settings, read_recipe
+from .config import CompareConfig, chosen_settings, parse_settings, read_recipe
 from .data import VALID
 from .errors import InputError, MissingExtra, check_extra
 from .names import merge
@@ -101,6 +101,8 @@ def make_app() -> "typer.Typer":
         }
         try:
             options = read_recipe(recipe) if recipe else {}
+            if given["optimizers"] is not None:
+                options["settings"] = chosen_settings(options, given["optimizers"])
             options |= {name: value for name, value in given.items() if value is not None}
             config = CompareConfig(**options)
             given_settings = parse_settings(sets or (), config.titles)

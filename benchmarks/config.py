@@ -181,3 +181,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if "settings_from" in recipe:
         recipe["settings_from"] = path.parent / Path(recipe["settings_from"]).expanduser()
     return recipe
+
+
+def chosen_settings(recipe: Mapping[str, Any], optimizers: Iterable[str]) -> dict[str, Any]:
+    """A recipe's tables of settings without those of its optimizers that the command line leaves out.
+
+    >>> chosen_settings({"optimizers": ["sgd", "adamw"], "settings": {"sgd": {}, "adamw": {"lr": 0.1}}}, ["adamw"])
+    {'adamw': {'lr': 0.1}}
+    """
+    left_out = set(recipe.get("optimizers") or ()) - set(optimizers)
+    return {name: table for name, table in (recipe.get("settings") or {}).items() if name not in left_out}

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,7 @@ from torch import nn
 
 from grng import Curvature, check
 from grng.checkup import Checkup
-from grng.invariance import Loss
+from grng.invariance import Loss, put_back
 
 from ..errors import InputError, choose
 from ..workloads.named import build_named, is_named
@@ -42,7 +43,8 @@ def add_check(app: "typer.Typer") -> None:
         page: Annotated[Path | None, typer.Option(help="With --grid: the Markdown page to write.")] = None,
     ) -> None:
         """What GRNG makes of a model: two steps of each variant, a verdict for every parameter, and what must not
-        change. MODEL's callable returns (model, inputs, loss), the loss a function of both, or the model alone.
+        change. MODEL's callable takes no arguments and returns (model, inputs, loss), of which loss(model, inputs) is
+        minimised, or the model alone.
         """
         torch.set_num_threads(1)
         try:
@@ -70,6 +72,11 @@ def checked(name: str, shape: str | None, variants: tuple[str, ...], capture: st
     curvature = Curvature(capture=choose("capture", capture, ENGINES))  # type: ignore[arg-type]
     model, inputs, loss = find(name, shape)
     try:
+        plain_pass(model, inputs, loss)
+    except Exception as error:
+        call = "model(inputs)" if loss is None else "loss(model, inputs)"
+        raise InputError(f"{name!r} fails without GRNG too: {call} raises {place_of(error)}") from error
+    try:
         return check(model, inputs, loss, variants=variants, curvature=curvature)
     except ValueError as error:  # of the model, or of its inputs
         raise InputError(f"{name!r}: {error}") from error
@@ -90,7 +97,12 @@ def find(name: str, shape: str | None) -> Checked:
     if ":" not in name:
         known = ", ".join(ARCHITECTURES)
         raise InputError(f"no model {name!r}: give MODULE:CALLABLE, FILE.py:CALLABLE, timm:NAME, or one of {known}")
-    made = callable_of(name)()
+    try:
+        made = callable_of(name)()
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{name!r}, called without arguments, raises {place_of(error)}") from error
     if isinstance(made, nn.Module):
         if shape is None:
             raise InputError(f"{name!r} returns a model alone: add --input SHAPE, as --input 8,3,32,32")
@@ -102,6 +114,23 @@ def find(name: str, shape: str | None) -> Checked:
     return made
 
 
+def plain_pass(model: nn.Module, inputs: Any, loss: Loss | None) -> None:
+    """What a training loop does with them, as far as the loss."""
+    with put_back(model), torch.enable_grad():
+        if loss is None:
+            model(inputs)
+        elif not isinstance(value := loss(model, inputs), torch.Tensor) or not value.requires_grad or value.numel() > 1:
+            raise TypeError(f"the loss must be a scalar tensor with a graph, but is: {value!r}")
+
+
+def place_of(error: Exception) -> str:
+    """An error in words, and the last line of the user's own that led to it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename != __file__ and "site-packages" not in frame.filename]
+    where = f" in {own[-1].filename}, line {own[-1].lineno}" if own else ""
+    return f"{type(error).__name__}{where}: {error}"
+
+
 def callable_of(name: str) -> Callable[[], Any]:
     where, _, what = name.rpartition(":")
     try:
@@ -110,7 +139,7 @@ def callable_of(name: str) -> Callable[[], Any]:
     except (ImportError, AttributeError) as error:
         raise InputError(f"no model {name!r}: {error}") from error
     if not callable(found):
-        raise InputError(f"{name!r} is a {type(found).__name__}: give a callable")
+        raise InputError(f"{name!r} is {found!r}, which cannot be called: give a function that returns the model")
     return found
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from ..config import parse_settings
+from ..config import chosen_settings, parse_settings
 from ..data import data_root
 from ..errors import InputError
 from ..names import merge
@@ -67,7 +67,7 @@ def add_bench(app: "typer.Typer") -> None:
         optimizers = tuple(names(optimizer) or own["optimizers"] or DEFAULT_OPTIMIZERS)
         workloads = names(workload) or ([] if tier else own["workloads"] or [])
         tier = tier or (None if workloads else own["tier"] or "fast")
-        settings = merge(own["settings"] or {}, parse_settings(sets or (), optimizers))
+        settings = merge(chosen_settings(own, optimizers), parse_settings(sets or (), optimizers))
         folder = data_root(data)
         options = {key: value for key, value in options.items() if value is not None}
         protocol: dict[str, Any] = {key: found.pop(key) for key in ("studies", "trials", "seeds") if key in found}

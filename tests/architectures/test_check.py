@@ -202,6 +202,17 @@ def nothing():
     return 3
 
 number = 3
+
+def asks(size):
+    return nn.Linear(size, 3)
+
+def swapped():
+    model, batch, loss = made()
+    return model, batch, lambda b, m: loss(m, b)
+
+def number_loss():
+    model, batch, loss = made()
+    return model, batch, lambda m, b: 3.0
 """
 
 
@@ -258,7 +269,11 @@ BAD = [
     (("FILE:alone", "--input", "6,x"), "--input '6,x' is no shape: write sizes"),
     (("FILE:alone", "--input", "0,4"), "--input '0,4' is no shape: write sizes"),
     (("FILE:nothing",), "returns int: give a model, or (model, inputs, loss(model, inputs))"),
-    (("FILE:number",), "is a int: give a callable"),
+    (("FILE:number",), "is 3, which cannot be called: give a function that returns the model"),
+    (("FILE:asks",), "called without arguments, raises TypeError: asks() missing 1 required positional argument"),
+    (("FILE:swapped",), "fails without GRNG too: loss(model, inputs) raises TypeError in FILE, line"),
+    (("FILE:number_loss",), "raises TypeError: the loss must be a scalar tensor with a graph, but is: 3.0"),
+    (("FILE:alone", "--input", "6,5"), "fails without GRNG too: model(inputs) raises RuntimeError: mat1 and mat2"),
     (("mlp", "--variants", "rong"), "unknown variant 'rong': choose one of ring, reng"),
     (("mlp", "--capture", "none"), "unknown capture 'none': choose one of auto"),
     (("--grid", "--page", "page.md"), "--page needs --out"),
@@ -269,4 +284,14 @@ BAD = [
 def test_bad_input_is_refused(arguments: tuple[str, ...], message: str, file: Path) -> None:
     result = call(*(a.replace("FILE", str(file)) for a in arguments))
     assert result.exit_code == 2
-    assert message in result.stderr
+    assert message in result.stderr.replace(str(file), "FILE")
+
+
+@pytest.mark.parametrize(("variants", "message"), [((), "at least one variant"), ("rung", "unknown variant 'rung'")])
+def test_variants_are_refused(variants: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check(mlp(), data(), loss, variants=variants)
+
+
+def test_one_variant_by_its_name() -> None:
+    assert list(check(mlp(), data(), loss, variants="kfac").reports) == ["kfac"]

@@ -281,3 +281,19 @@ def test_a_recipe_is_read(tmp_path):
     found = read_bench_recipe(tmp_path / "job.toml")
     assert found["settings"] == {"adamw": {"lr": 0.02, "weight_decay": 0.5}}
     assert (found["trials"], found["budget"], found["optimizers"]) == (2, 0.005, ["adamw", "sgd"])
+
+
+def test_a_part_of_a_recipe_can_be_run(tmp_path):
+    """Settings of its optimizers that are not asked for go with them; those of others are still a mistake."""
+    recipe = tmp_path / "job.toml"
+    recipe.write_text(
+        'workloads = ["digits-mlp"]\noptimizers = ["sgd", "adamw"]\nbudget = 0.01\n'
+        "[settings.sgd]\nlr = 0.1\n[settings.adamw]\nlr = 0.01\n"
+    )
+    arguments = ("run", "--recipe", recipe, "--seeds", 1, "--no-diagnose", "--out", tmp_path / "out")
+    done = call(*arguments, "--optimizer", "adamw")
+    assert done.exit_code == 0, done.output
+    assert "1 runs, 0 failed" in done.stdout
+    recipe.write_text(recipe.read_text() + "[settings.soap]\nlr = 0.1\n")
+    refused = call(*arguments, "--optimizer", "adamw")
+    assert "settings for 'soap', which takes no part: choose adamw" in refused.stderr

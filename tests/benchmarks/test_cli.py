@@ -120,6 +120,9 @@ def test_a_recipe_gives_options_and_the_command_line_overrides_them(tmp_path):
     assert set(runs) == {"sgd", "adamw"}
     assert runs["sgd"].given == {"lr": 0.2, "nesterov": True, "momentum": 0.5}
     assert (runs["sgd"].config["epochs"], runs["sgd"].config["batch_size"]) == (1, 256)
+    again = call("compare", "--recipe", recipe, "--epochs", "1", "--optimizers", "adamw", "--out", tmp_path / "one")
+    assert again.exit_code == 0, again.output  # the table of an optimizer that is left out goes with it
+    assert {r.optimizer for r in read_runs(tmp_path / "one")} == {"adamw"}
 
 
 @pytest.mark.parametrize(
