@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
+from .calibration import calibration_error
 from .data import Dataset, hold_out, load_data, load_shifted
 from .errors import InputError
 from .records import made_as, write_atomically
@@ -24,7 +25,6 @@ from .uci import Method, spread_of
 
 Predict = Callable[[Tensor], Tensor]  # images -> probabilities
 BATCH = 128
-BINS = 15
 METRICS = ("accuracy", "NLL", "Brier", "ECE", "AUROC")
 TEMPERATURES = {"softmax": (0.8, 1.0, 1.2, 1.5, 2.0), "covariance": (1e-6, 0.1, 1.0, 10.0, 100.0)}
 
@@ -139,13 +139,11 @@ METHODS: Mapping[str, Method] = {
 
 def measures(p: Tensor, y: Tensor) -> dict[str, float]:
     """Accuracy, NLL, Brier score and calibration error of probabilities (n, C) for classes (n,)."""
-    from torchmetrics.functional.classification import multiclass_calibration_error
-
     return {
         "accuracy": float((p.argmax(1) == y).float().mean()),
         "NLL": float(-p.gather(1, y.unsqueeze(1)).clamp(min=1e-12).log().mean()),
         "Brier": float((p - one_hot(y, p.shape[1])).square().sum(1).mean()),
-        "ECE": float(multiclass_calibration_error(p, y, p.shape[1], n_bins=BINS, norm="l1")),
+        "ECE": calibration_error(p, y),
     }
 
 

@@ -51,6 +51,8 @@ class Line:
     tested: int
     test_loss: float | None
     brier: float | None
+    ece: float | None
+    scaled_ece: float | None
     equal_time: float | None
     equal_steps: float | None
     at_once: bool
@@ -250,7 +252,7 @@ def line_of(
         scored=len(present(o.best() for o in usable)),
         tested=len(present(value)),
         test_loss=middle(o.test.get("loss") for o in usable),
-        brier=middle(o.test.get("brier") for o in usable),
+        **{name: middle(o.test.get(name) for o in usable) for name in ("brier", "ece", "scaled_ece")},
         equal_time=middle_run(runs, clock, common),
         equal_steps=middle_run(runs, "step", common),
         at_once=2 * sum(o.time_to(goal, "step") == o.rows[0]["step"] for o in usable) > len(runs),

@@ -13,7 +13,7 @@ from .. import pages
 from ..errors import InputError
 from ..names import flat
 from ..records import write_atomically
-from .analysis import Analysis, Comparison, analyse, iqm_of, is_ours
+from .analysis import Analysis, Comparison, Line, analyse, iqm_of, is_ours
 from .figures import CLOCKS, draw_figures
 from .landing import Published, landing_figure, landing_section
 from .protocol import TARGET_STUDY
@@ -225,6 +225,7 @@ def workload_section(analysis: Analysis, workload: str, drawn: Sequence[str]) ->
             f"test {metric}",
             "test loss, median",
             "Brier",
+            "ECE → scaled",
         ),
         *("at equal time", "at equal steps", "ms/step", "× adamw"),
     )
@@ -237,6 +238,7 @@ def workload_section(analysis: Analysis, workload: str, drawn: Sequence[str]) ->
             pair(line.test, line.tested, len(line.times)),
             number(line.test_loss, ".4g"),
             number(line.brier, ".4f"),
+            calibrated(line),
             number(line.equal_time, ".4g"),
             number(line.equal_steps, ".4g"),
             number(1000 * line.step["mean"] if line.step else None, ".2f"),
@@ -248,10 +250,17 @@ def workload_section(analysis: Analysis, workload: str, drawn: Sequence[str]) ->
         f"{goal}; medians, means ± deviations, over {max(len(line.times) for line in lines)} seeds. ≤: at the target "
         "when first evaluated. Equal time and steps: when the first run had ended; who trains longer is read before "
         "its rate has decayed. Gradients are those of the loss: the passes of a sampled Fisher, of K-FAC and of "
-        "Sophia-G, are in the time alone."
+        "Sophia-G, are in the time alone. ECE: calibration error of 15 bins, and after temperature scaling on the "
+        "validation set where that is not the test set."
     )
     figures = [f for f in (f"curves-{workload}", f"sensitivity-{workload}") if f in drawn]
     return Section(workload, text, headings, rows, figures)
+
+
+def calibrated(line: Line) -> str:
+    """The calibration error, and what temperature scaling makes of it."""
+    known = [value for value in (line.ece, line.scaled_ece) if value is not None]
+    return " → ".join(number(value, ".4f") for value in known) or "–"
 
 
 def cost_section(analysis: Analysis) -> Section:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ..calibration import Scores, calibration
 from ..errors import InputError
 from ..loop import epoch_batches
 
@@ -46,9 +47,20 @@ class Task(ABC):
     def evaluate(self, model: nn.Module, split: Split) -> dict[str, float]:
         """The workload's metric, "loss", and what else is to be known, in evaluation mode and without gradients."""
 
+    def scores(self, model: nn.Module, split: Split) -> Scores | None:
+        """A classification's scores (n, C) and classes (n,), in evaluation mode and without gradients."""
+        return None
+
+    def fresh_validation(self) -> bool:
+        """Whether validation and test are different samples, so that one may be tuned on."""
+        return True
+
     def final(self, model: nn.Module) -> dict[str, float]:
-        """What is measured once, after the test, because it takes long."""
-        return {}
+        """What is measured once, after the test: of a classification, how well it is calibrated."""
+        test = self.scores(model, "test")
+        if test is None:
+            return {}
+        return calibration(test, self.scores(model, "validation") if self.fresh_validation() else None)
 
     fingerprint: str = ""  # of the data
 
@@ -134,18 +146,33 @@ class Supervised(Task):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: Split) -> dict[str, float]:
-        model.eval()
-        x, y = self.splits[split]
         sums: dict[str, Tensor] = {}
-        parts = zip(x.split(self.evaluation_batch), y.split(self.evaluation_batch), strict=True)
-        for inputs, targets in parts:
-            output = model(inputs)
+        for output, targets in self._outputs(model, split):
             found = {"loss": self.criterion(output, targets), **self.measure(output, targets)}
             for name, value in found.items():
-                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=x.device))
-                sums[name] += value.double() * len(inputs)
+                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=output.device))
+                sums[name] += value.double() * len(targets)
+        size = len(self.splits[split][1])
+        return self.finish({name: (value / size).item() for name, value in sums.items()})
+
+    @torch.no_grad()
+    def scores(self, model: nn.Module, split: Split) -> Scores | None:
+        """Where every sample has one target, a whole number."""
+        y = self.splits[split][1]
+        if y.ndim != 1 or y.is_floating_point():
+            return None
+        return torch.cat([output for output, _ in self._outputs(model, split)]), y
+
+    def fresh_validation(self) -> bool:
+        return self.splits["validation"][0] is not self.splits["test"][0]
+
+    def _outputs(self, model: nn.Module, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
+        """Outputs and targets, in evaluation mode, part by part."""
+        model.eval()
+        x, y = self.splits[split]
+        for inputs, targets in zip(x.split(self.evaluation_batch), y.split(self.evaluation_batch), strict=True):
+            yield model(inputs), targets
         model.train()
-        return self.finish({name: (value / len(x)).item() for name, value in sums.items()})
 
 
 def index_batches(

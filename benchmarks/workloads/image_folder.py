@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from ..calibration import Scores
 from ..errors import InputError
 from ..networks.resnet import resnet18, resnet50
 from ..records import hash_of
@@ -178,8 +179,13 @@ class ImageFolder(Task):
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return F.cross_entropy(model(batch[0]), batch[1])
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, split: Split) -> dict[str, float]:
+        output, targets = self.scores(model, split)
+        scores = {"loss": F.cross_entropy(output, targets), **classification(output, targets)}
+        return {name: value.item() for name, value in scores.items()}
+
+    @torch.no_grad()
+    def scores(self, model: nn.Module, split: Split) -> Scores:
         model.eval()
         every = range(len(self.splits[split].samples))
         firsts = every[:: self.batch_size]
@@ -187,8 +193,7 @@ class ImageFolder(Task):
         found = [(model(x), y) for x, y in self._loaded(split, draws, 0)]
         model.train()
         output, targets = map(torch.cat, zip(*found, strict=True))
-        scores = {"loss": F.cross_entropy(output, targets), **classification(output, targets)}
-        return {name: value.item() for name, value in scores.items()}
+        return output, targets
 
     def _draws(self, seed: int) -> Iterator[list[Draw]]:
         """Batches without end, every sample of them with a seed that no other of the run has."""
