@@ -31,6 +31,20 @@ def study_time(studies: Sequence[Sequence[float]]) -> float:
     return median(min(trials) for trials in studies)
 
 
+def expected_best(values: Sequence[float]) -> list[float]:
+    """The mean of the largest of n of the values, drawn without putting back, for n = 1, 2, ...: what a search of n
+    trials comes to.
+
+    >>> expected_best([0.0, 1.0, 0.0])
+    [0.3333333333333333, 0.6666666666666666, 1.0]
+    """
+    ascending, size = sorted(values), len(values)
+    return [
+        sum(value * math.comb(below, n - 1) for below, value in enumerate(ascending)) / math.comb(size, n)
+        for n in range(1, size + 1)
+    ]
+
+
 def ratios(times: Times) -> dict[str, list[float]]:
     """By optimizer, its time over the fastest's, one a workload; inf where it missed the target.
 

@@ -172,7 +172,7 @@ class Analysis:
 def analyse(outcomes: Sequence[Outcome], targets: Mapping[str, Target], clock: str) -> Analysis:
     """Bring the runs of a folder together."""
     runs = [o for o in outcomes if o.trial["phase"] == "run"]
-    trials = [o for o in outcomes if o.trial["phase"] == "tune" and o.trial["study"] != TARGET_STUDY]
+    trials = searched(outcomes)
     known = {w: targets[w] for w in dict.fromkeys(o.workload for o in outcomes) if w in targets}
     lines = []
     for workload in dict.fromkeys(o.workload for o in runs):
@@ -203,6 +203,11 @@ def analyse(outcomes: Sequence[Outcome], targets: Mapping[str, Target], clock: s
         if any(o.workload == workload for o in trials)
     }
     return Analysis(clock, known, lines, tuned, list(outcomes))
+
+
+def searched(outcomes: Iterable[Outcome]) -> list[Outcome]:
+    """The trials of the search."""
+    return [o for o in outcomes if o.trial["phase"] == "tune" and o.trial["study"] != TARGET_STUDY]
 
 
 def ranked(times: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -7,8 +7,8 @@ from typing import Any
 
 from ..plots import STYLE, colours, line_style, panels
 from ..statistics import profile
-from .analysis import Analysis, Line
-from .protocol import TARGET_STUDY
+from .analysis import Analysis, Line, searched
+from .budget import DRAWN, budget_figure
 from .trial import Outcome
 
 CLOCKS = {
@@ -17,7 +17,6 @@ CLOCKS = {
     "step": "steps",
     "evaluations": "gradient evaluations",
 }
-DRAWN = 9  # curves of one figure that can still be told apart
 
 
 def draw_figures(analysis: Analysis) -> dict[str, Any]:
@@ -32,12 +31,11 @@ def draw_figures(analysis: Analysis) -> dict[str, Any]:
         for workload in analysis.workloads:
             if any(o.rows for o in runs_of(analysis, workload)):
                 found[f"curves-{workload}"] = curves_figure(analysis, workload)
-        if any(o.trial["phase"] == "tune" and o.trial["study"] != TARGET_STUDY for o in analysis.outcomes):
+        if searched(analysis.outcomes):
+            found["budget"] = budget_figure(analysis)
             for workload in analysis.workloads or analysis.tuned:
-                figure = sensitivity_figure(analysis, workload)
-                if figure is not None:
-                    found[f"sensitivity-{workload}"] = figure
-        return found
+                found[f"sensitivity-{workload}"] = sensitivity_figure(analysis, workload)
+        return {name: figure for name, figure in found.items() if figure is not None}
 
 
 def profile_figure(analysis: Analysis) -> Any:
@@ -137,11 +135,7 @@ def median_curve(runs: Sequence[Outcome], key: str) -> tuple[list[float], list[f
 
 def sensitivity_figure(analysis: Analysis, workload: str) -> Any:
     """The best value of every trial of the search against its learning rate, one panel an optimizer."""
-    trials = [
-        o
-        for o in analysis.outcomes
-        if o.workload == workload and o.trial["phase"] == "tune" and o.trial["study"] != TARGET_STUDY
-    ]
+    trials = [o for o in searched(analysis.outcomes) if o.workload == workload]
     names = [name for name in analysis.optimizers if any(o.optimizer == name for o in trials)]
     found = {n: [(o.trial["settings"].get("lr"), o.best(), o) for o in trials if o.optimizer == n] for n in names}
     values = sorted(v for points in found.values() for _, v, _ in points if v is not None)

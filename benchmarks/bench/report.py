@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..names import flat
 from ..records import write_atomically
 from .analysis import Analysis, Comparison, Line, analyse, iqm_of, is_ours
+from .budget import budget_section
 from .figures import CLOCKS, draw_figures
 from .landing import Published, landing_figure, landing_section
 from .protocol import TARGET_STUDY
@@ -101,10 +102,17 @@ def machine(about: Mapping[str, Any]) -> str:
 
 def sections(analysis: Analysis, drawn: Sequence[str]) -> list[Section]:
     """Everything that is to be shown."""
-    found = [score_section(analysis, drawn), ours_section(analysis), rivals_section(analysis), twins_section(analysis)]
+    found: list[Section | None] = [
+        score_section(analysis, drawn),
+        ours_section(analysis),
+        rivals_section(analysis),
+        twins_section(analysis),
+        overview_section(analysis),
+    ]
     for workload in analysis.workloads:
         found.append(workload_section(analysis, workload, drawn))
     found += [
+        budget_section(analysis, drawn),
         cost_section(analysis),
         settings_section(analysis),
         diagnosis_section(analysis),
@@ -207,12 +215,37 @@ def pair_row(pair: Comparison) -> list[str]:
     return [pair.workload, pair.own, pair.other, str(ratio), str(ratio.pairs), str(ratio.undecided)]
 
 
+def overview_section(analysis: Analysis) -> Section:
+    """The workloads in a table, and how to read theirs."""
+    text = (
+        "One table each follows: medians, or means ± deviations, over the seeds; the fastest first, and those that "
+        "missed the target by their best value. ≤: at the target when first evaluated. Equal time and steps: when the "
+        "first run had ended; who trains longer is read before its rate has decayed. Gradients are those of the loss: "
+        "the passes of a sampled Fisher, of K-FAC and of Sophia-G, are in the time alone. ECE: calibration error of 15 "
+        "bins, and after temperature scaling on the validation set where that is not the test set."
+    )
+    rows = []
+    for workload in analysis.workloads:
+        lines, target = analysis.lines_of(workload), analysis.targets.get(workload)
+        runs = [o for o in analysis.outcomes if o.workload == workload]
+        reached = sum(line.time < math.inf for line in lines)
+        rows.append(
+            [
+                workload,
+                f"{max(o.parameters for o in runs):,}",
+                goal_of(target, runs[0].metric),
+                str(seeds_of(lines)),
+                f"{reached}/{len(lines)}" if target else "–",
+            ]
+        )
+    return Section("Workloads", text, ("workload", "parameters", "goal", "seeds", "at the target"), rows)
+
+
 def workload_section(analysis: Analysis, workload: str, drawn: Sequence[str]) -> Section:
     lines = analysis.lines_of(workload)
     target = analysis.targets.get(workload)
     metric = next(o.metric for o in analysis.outcomes if o.workload == workload)
     unit = {"seconds": "s", "cpu_seconds": "CPU s"}.get(analysis.clock, "")
-    goal = f"target {metric} {'≥' if target.goal == 'max' else '≤'} {target.value:g}" if target else "no target"
     first = f"time to target{f', {unit}' * bool(unit)}"
     headings = (
         *(
@@ -246,15 +279,27 @@ def workload_section(analysis: Analysis, workload: str, drawn: Sequence[str]) ->
         ]
         for line in lines
     ]
-    text = (
-        f"{goal}; medians, means ± deviations, over {max(len(line.times) for line in lines)} seeds. ≤: at the target "
-        "when first evaluated. Equal time and steps: when the first run had ended; who trains longer is read before "
-        "its rate has decayed. Gradients are those of the loss: the passes of a sampled Fisher, of K-FAC and of "
-        "Sophia-G, are in the time alone. ECE: calibration error of 15 bins, and after temperature scaling on the "
-        "validation set where that is not the test set."
-    )
+    text = f"{seeds_of(lines)} seeds, {goal_of(target, metric)}."
     figures = [f for f in (f"curves-{workload}", f"sensitivity-{workload}") if f in drawn]
-    return Section(workload, text, headings, rows, figures)
+    return Section(workload, text, *without_empty(headings, rows), figures)
+
+
+def goal_of(target: Target | None, metric: str) -> str:
+    return f"target {metric} {'≥' if target.goal == 'max' else '≤'} {target.value:g}" if target else "no target"
+
+
+def seeds_of(lines: Sequence[Line]) -> int:
+    return max(len(line.times) for line in lines)
+
+
+def without_empty(headings: Sequence[str], rows: Sequence[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """A table without the columns that nobody has a value in.
+
+    >>> without_empty(["name", "a", "b"], [["x", "1", "–"], ["y", "–", "–"]])
+    (['name', 'a'], [['x', '1'], ['y', '–']])
+    """
+    kept = [i for i in range(len(headings)) if any(row[i] != "–" for row in rows)]
+    return [headings[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def calibrated(line: Line) -> str:

@@ -15,8 +15,10 @@ TITLES = (
     "Ours against the best rival",
     "Ours against each rival",
     "What the regularization does",
+    "Workloads",
     "small",
     "transformers:vit",
+    "What fewer trials come to",
     "Cost",
     "Settings of the runs",
     "Diagnostics",
@@ -121,10 +123,10 @@ def test_the_page_has_every_section_and_its_figures_exist(whole):
         assert tuple(re.findall(r"^## (.*)$", text, re.MULTILINE)) == TITLES
         shown = re.findall(r"!\[(.*?)\]\((.*?)\)", text)
         assert {name for name, _ in shown} == {
-            *("profile", "times"),
+            *("profile", "times", "budget"),
             *(f"{kind}-{w}" for kind in ("curves", "sensitivity") for w in TARGETS),
         }
-        assert len(shown) == len({place for _, place in shown}) == 6
+        assert len(shown) == len({place for _, place in shown}) == 7
         assert all((path.parent / place).read_bytes().startswith(b"\x89PNG") for _, place in shown)
     assert "2 workloads, 5 optimizers: 16 trials of the search and 17 runs on up to 2 paired seeds" in text
     assert "seconds of training" in text
@@ -186,7 +188,7 @@ def test_the_html_holds_the_same(whole):
     assert tuple(page.titles) == tuple(tables) == TITLES
     assert page.tables == list(tables.values())
     assert {link.removeprefix("#") for link in page.links} == page.ids
-    assert len(page.pictures) == 6
+    assert len(page.pictures) == 7
     assert all(source.startswith("data:image/png;base64,iVBOR") for _, source in page.pictures)
     assert not re.search(r'(src|href)="(?!data:|#)', text), "nothing is fetched from elsewhere"
 
@@ -195,8 +197,15 @@ def test_the_html_holds_the_same(whole):
 def test_without_targets_no_time_is_shown(tmp_path):
     written(tmp_path, outcomes(("small",)), targets={})
     tables = tables_of((tmp_path / "results.md").read_text())
-    assert tuple(tables) == ("small", "Cost", "Settings of the runs", "Diagnostics")
-    assert all(row[1:5] == ["–"] * 4 for row in tables["small"][1:])
+    assert tuple(tables) == (
+        "Workloads",
+        "small",
+        "What fewer trials come to",
+        "Cost",
+        "Settings of the runs",
+        "Diagnostics",
+    )
+    assert tables["small"][0][:3] == ["optimizer", "best accuracy", "test accuracy"]
 
 
 @pytest.mark.parametrize("name", ["timm:a/b", "transformers:/some/folder"])
