@@ -206,9 +206,9 @@ class SophiaG(Sophia):
         """A context in which forward and backward passes are not measured."""
         return self._capture.paused()
 
-    def around_passes(self, scale: Tensor | None) -> AbstractContextManager[None]:
+    def around_passes(self, scale: Tensor | None, taken: bool = True) -> AbstractContextManager[None]:
         """A context for the passes of a step that somebody else takes: see `grng.curvature.Capture.around_passes`."""
-        return self._capture.around_passes(scale)
+        return self._capture.around_passes(scale, taken)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; what was measured along with these gradients is dropped with them."""

@@ -87,6 +87,7 @@ class AttachedOptimizer(StrictOptimizer):
         self._fresh: set[Layer] = set()  # observed since the last step
         self._current: set[Layer] = set()  # observed for this step
         self._observed: set[Layer] = set()  # ever observed
+        self._missed: dict[Layer, int] = {}  # how often in a row, though they have gradients
         self._scalars = {name: torch.zeros((), device=self._device) for name in COUNTERS}
         self._link_state()
 
@@ -217,9 +218,9 @@ class AttachedOptimizer(StrictOptimizer):
         """Tell of a gradient that was formed without `loss.backward()`, for the check of what is captured."""
         self._capture.note_gradient(p, gradient)
 
-    def around_passes(self, scale: Tensor | None) -> AbstractContextManager[None]:
+    def around_passes(self, scale: Tensor | None, taken: bool = True) -> AbstractContextManager[None]:
         """A context for the passes of a step that somebody else takes: see :meth:`Capture.around_passes`."""
-        return self._capture.around_passes(scale)
+        return self._capture.around_passes(scale, taken)
 
     def _due(self) -> bool:
         """Whether the coming step measures."""

@@ -204,6 +204,8 @@ def steps(found: Checkup, model: nn.Module, inputs: Any, loss: Loss, variant: st
             treatment, reason = "wrong", "the loss does not call the model that is checked, but a part or a copy of it"
         elif n not in gradients:
             treatment, reason = "unused", "it got no gradient"
+        elif rows[n].verified == "pending" and not gradients[n].any():
+            treatment, reason = "unused", "its gradient was zero, by which nothing is verified"
         elif not _moved(p, before[n], gradients[n], scale):
             treatment, reason = "wrong", "it has a gradient and was not moved"
         else:

@@ -160,5 +160,5 @@ def squared_norm(tensors: list[Tensor]) -> Tensor:
     >>> squared_norm([torch.ones(2), torch.tensor([2.0])]).item()
     6.0
     """
-    norms = torch.stack(torch._foreach_norm(tensors))
-    return norms.to(torch.promote_types(norms.dtype, torch.float32)).square().sum()
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return torch.stack(torch._foreach_norm(tensors, dtype=wide)).square().sum()

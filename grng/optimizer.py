@@ -28,6 +28,7 @@ from grng.variants import check_adaptive, find_variant, resolved_noise, resolved
 
 MODES = ("double", "finite", "ggn")
 NORMS = ("global", "layer")
+PATIENCE = 3  # measurements in a row that a layer may miss
 
 
 class GRNG(AttachedOptimizer):
@@ -365,6 +366,8 @@ class GRNG(AttachedOptimizer):
     def _refresh(self, ok: Tensor) -> None:
         """Fold this step's statistics in; on the device, those of a gradient that is not finite are left out."""
         batch, self._current, self._fresh = self._capture.batch, self._fresh, set()
+        if batch is not None:
+            self._warn_lost()
         if batch is None or not self._current:
             if self._capture.collecting:
                 self._scalars["uncaptured"] = self._scalars["uncaptured"] + 1
@@ -383,10 +386,35 @@ class GRNG(AttachedOptimizer):
         self._scalars["misfit"] = batch.misfit
 
     def _warn_unseen(self) -> None:
-        if self._schedule.t == 0 and not self._capture.entered and any(layer.active for layer in self._layers):
+        if self._schedule.t or not any(layer.active for layer in self._layers):
+            return
+        if not self._capture.entered:
+            why = "saw no forward pass of the model that it was given"
+            remedy = "the training loop has to call that model itself, not a part of it"
+        elif self._capture.unread:
+            why = "saw no gradient at the model's output, of which it reads the first tensor that has a graph"
+            remedy = 'the model has to return what the loss is made of first, or as "logits"'
+        else:
+            return
+        warnings.warn(
+            f"GRNG {why}, so that every parameter follows the first-order fallback: {remedy}", GRNGWarning, stacklevel=4
+        )
+
+    def _warn_lost(self) -> None:
+        """Say once which layers were measured before and no longer are, though they have gradients."""
+        for layer in self._observed:
+            if not layer.active or layer in self._current or all(p.grad is None for p in layer.parameters):
+                self._missed.pop(layer, None)
+            else:
+                self._missed[layer] = self._missed.get(layer, 0) + 1
+        missed = [layer for layer, times in self._missed.items() if times == PATIENCE]
+        lost = [layer for layer in missed if any(p.grad is not None and p.grad.any() for p in layer.parameters)]
+        if lost:
             warnings.warn(
-                "GRNG saw no forward pass of the model that it was given, so that every parameter follows the "
-                "first-order fallback: the training loop has to call that model itself, not a part of it",
+                f"GRNG measures nothing any more of {', '.join(layer.name for layer in lost)}, though it has "
+                "gradients: its curvature is that of before, and where every step needs it the first-order fallback "
+                "trains it. Layers have to be called by their own forward(), and not under checkpointing with "
+                "use_reentrant=True",
                 GRNGWarning,
                 stacklevel=4,
             )

@@ -77,12 +77,23 @@ class TrustRegion:
         return sum(scalar(rate_of[layer]) ** 2 * parts[layer.group][layer.slots].sum() for layer in taking)
 
     def _by_layer(self, groups: list[dict[str, Any]], setting: str) -> list[Any]:
-        """A setting of every layer's param group; a single entry where it is the same for all."""
+        """A setting of every layer's param groups, the largest; a single entry where it is the same for all."""
         values = [group[setting] for group in groups]
         if len({id(value) if isinstance(value, Tensor) else value for value in values}) == 1:
             return values[:1]
         of_parameter = {p: group[setting] for group in groups for p in group["params"]}
-        return [of_parameter[layer.owner] for layer in self._layers]
+        return [largest([of_parameter[p] for p in layer.parameters]) for layer in self._layers]
+
+
+def largest(values: list[Any]) -> Any:
+    """Of numbers, or of tensors without a look at their values.
+
+    >>> largest([0.1, 0.3]), largest([torch.tensor(0.5), 0.1])
+    (0.3, tensor(0.5000))
+    """
+    if any(isinstance(value, Tensor) for value in values):
+        return torch.stack([torch.as_tensor(scalar(value)) for value in values]).amax()
+    return max(values)
 
 
 def kl_scale(limit: float, quadratic: Tensor) -> Tensor:

@@ -74,8 +74,8 @@ class Schedule:
         return {name: torch.tensor(value) for name, value in own.items()} | self._visits.state()
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Checkpoints of before know no periods."""
+        """Checkpoints of before know no periods; one that was given holds."""
         self.t = int(state[STEPS])
-        self.period = int(state.get(PERIOD, self._curvature.inverse_every or self._curvature.stats_every))
+        self.period = self._curvature.inverse_every or int(state.get(PERIOD, self._curvature.stats_every))
         self._decomposed = int(state.get(DECOMPOSED, (self.t - 1) // max(self.period, 1)))
         self._visits.load_state(state)

@@ -102,6 +102,8 @@ class SelfCheck:
             return self.unfitness(layer)
         if layer not in self._sums:
             return None if layer in self._idle else NOT_CALLED
+        if not any(bool(t.any()) for t in (self._sums[layer], *map(self._change, layer.parameters)) if t is not None):
+            return None  # nothing equals nothing, as behind a last layer that begins at zero
         errors = [self._miss(layer, p, mine) for p, mine in layer.views(self._sums[layer])]
         if any(map(math.isnan, errors)):
             return None  # not finite: the step is skipped, the layer is checked at the next
@@ -110,15 +112,24 @@ class SelfCheck:
                 f"the captured pair misses the gradient by {max(errors):.2g} (shared or transformed weights, or "
                 "derivatives of the model in the loss; passes that are no part of the step belong in opt.paused())"
             )
-        return "" if delivered or not read else NOT_READ
+        if not read:
+            return None
+        return "" if delivered else NOT_READ
+
+    def _change(self, p: nn.Parameter) -> Tensor | None:
+        """What the backward pass has added to a gradient."""
+        if p not in self._after:
+            return None
+        before = self._before[p]
+        return self._after[p] if before is None else self._after[p] - before
 
     def _miss(self, layer: Layer, p: nn.Parameter, mine: Tensor) -> float:
         """Relative error of the captured gradient of a parameter; 0 where rounding explains it."""
-        if p not in self._after:
+        theirs = self._change(p)
+        if theirs is None:
             return 0.0
         relative, absolute = self._precision[layer]
         before = self._before[p]
-        theirs = self._after[p] if before is None else self._after[p] - before
         # Under accumulation the difference carries the rounding errors of what was there before.
         size = float(theirs.norm()) + (0.0 if before is None else float(before.norm()))
         allowed = relative * size + float(absolute)

@@ -9,7 +9,7 @@ class Row:
     """One trainable parameter.
 
     `treatment` is the preconditioner's name or the fallback's; `verified` is "yes", "no", "pending" (no gradient
-    seen yet) or "-" where nothing is captured.
+    other than zero seen yet) or "-" where nothing is captured.
     """
 
     parameter: str

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from grng.curvature.config import Curvature
-from grng.curvature.likelihood import CODES, Gaussian, Likelihood, Reading, Unread, declared, detect, tolerance
+from grng.curvature.likelihood import (
+    CODES,
+    Categorical,
+    Gaussian,
+    Likelihood,
+    Reading,
+    Unread,
+    declared,
+    detect,
+    tolerance,
+)
 from grng.curvature.noise import Noise
 from grng.curvature.passes import Batch
 from grng.distributed import Processes
@@ -49,16 +59,21 @@ class FisherReader:
         size = float(gradient.norm())
         if not 0 < size < float("inf"):
             return False
-        self.decided = True
         name = self.config.likelihood
+        found = None
+        if name == "auto" and f.ndim and intact:
+            found = detect(f, gradient)
+            if found is None:
+                return False  # the next output tells more
+        self.decided = True
         if f.ndim == 0:
             self.likelihood = Unread()
             self.fall_back("the model returns a scalar: its outputs are not seen", self.config.likelihood != "auto")
         elif not intact:
             self.likelihood = Unread()
             self.fall_back(MODIFIED)
-        elif name == "auto":
-            self.likelihood, self.reason = detect(f, gradient)
+        elif found is not None:
+            self.likelihood, self.reason = found
             if isinstance(self.likelihood, Unread):
                 self.fall_back(self.reason)
         else:
@@ -118,6 +133,11 @@ class FisherReader:
             self.fall_back(MODIFIED)
         likelihood = self.likelihood
         assert likelihood is not None
+        if isinstance(likelihood, Categorical) and f.shape[likelihood.class_dim] < 2 and not self.empirical:
+            self.fall_back(
+                f"the likelihood is {likelihood.name!r}, and an output of a single class came: a model of several "
+                "kinds of outputs needs an optimizer, or a variant without a Fisher, for each"
+            )
         reading = likelihood.read(f, gradient)
         scale = self.config.loss_scale
         if scale is not None:
@@ -269,7 +289,10 @@ class FisherReader:
             )
         code, decided, empirical = (int(v) for v in state["likelihood"])
         self.likelihood = None if code < 0 else CODES[code][0](CODES[code][1])
-        self.decided, self.empirical = bool(decided), bool(empirical)
+        self.decided, self.empirical = bool(decided), bool(empirical) or self.config.fisher == "empirical"
+        if self.likelihood is not None and self.config.likelihood not in ("auto", self.likelihood.name):
+            self.likelihood, self.decided = None, False  # what is declared now holds
+            self.empirical = self.config.fisher == "empirical"
         self._loss_scale = state["loss_scale"].to(device, copy=True)
         self.noise.load_state(state)
         self.reason = "as in the checkpoint"

@@ -52,6 +52,11 @@ class Layer:
         return self.status != "failed"
 
     @property
+    def trained(self) -> bool:
+        """Whether one of its parameters is trainable by now."""
+        return any(p.requires_grad for p in self.parameters)
+
+    @property
     def pending(self) -> bool:
         return self.status == "pending"
 

@@ -221,8 +221,13 @@ def tolerance(*tensors: Tensor) -> float:
     return min(0.1, 1e3 * max(torch.finfo(t.dtype).eps for t in tensors) ** 0.75)
 
 
-def detect(f: Tensor, gradient: Tensor) -> tuple[Likelihood, str]:
-    """The likelihood that the arriving gradient fits, or `Unread`, and why. Called once: it looks at values."""
+def detect(f: Tensor, gradient: Tensor) -> tuple[Likelihood, str] | None:
+    """The likelihood that the arriving gradient fits, or `Unread`, and why. Called once: it looks at values.
+
+    Returns:
+        None where outputs are all zero, as those of a last layer that begins so, and the gradient of one size
+        everywhere: probabilities of 1/2 fit that, and an absolute error does.
+    """
     dims = [dim for dim in ([-1] if f.ndim < 3 else [-1, 1]) if f.ndim > 1 and f.shape[dim] > 1]
     candidates: list[Likelihood] = [kind(dim) for dim in dims for kind in (Categorical, LogCategorical)]
     candidates.append(Bernoulli())
@@ -236,6 +241,8 @@ def detect(f: Tensor, gradient: Tensor) -> tuple[Likelihood, str]:
         if float(reading.misfit) < limit:
             usual = (1.0, float(likelihood.read(f, torch.ones_like(f)).predictions))  # of a sum, and of a mean over all
             known = any(abs(float(reading.normaliser) / n - 1) < limit for n in usual)
+            if isinstance(likelihood, Bernoulli) and not known and not bool(f.any()):
+                return None
             if int((gradient != 0).sum()) <= likelihood.fits_any and not known:
                 return Unread(likelihood.class_dim), (
                     "the first output gradient is a single number, which fits any likelihood at some scale: "

@@ -44,7 +44,7 @@ class RowOrder:
     def ask(
         self, layers: Sequence[Any], f: Tensor, pairs: Callable[[Tensor], Iterable[tuple[Any, Tensor, Tensor]]]
     ) -> None:
-        """Settle layers that are not verified yet, at the cost of two backward passes, or four.
+        """Settle layers whose order is not known yet, at the cost of two backward passes, or four.
 
         Args:
             layers: all layers.
@@ -53,7 +53,7 @@ class RowOrder:
         """
         if not f.ndim or self._asked == PATIENCE:
             return
-        if all(layer.order != UNKNOWN or not layer.pending for layer in layers):
+        if self.samples(f) < 2 or all(layer.order != UNKNOWN or not layer.active for layer in layers):
             return
         self._asked += 1
         before: set[Any] | None = None  # layers in which the samples along the first axis are mixed

@@ -20,7 +20,9 @@ class Context:
 
     `waiting` holds the pairs of the user's own backward pass that come before N: those of a layer whose output is the
     model's. `calls` counts how often each layer was called, and `held` keeps the true gradients of those called several
-    times until all are there. `closed` says that a backward pass has gone through.
+    times until all are there. `kind` says what becomes of the gradients of the backward pass that runs; `closed` that
+    one has gone through, `epoch` when, and `looked` that it returned its gradients and left no graph of them: a look at
+    them, as losses are weighted by, rather than a step's.
     """
 
     normaliser: Tensor | None = None
@@ -30,25 +32,41 @@ class Context:
     calls: dict["Layer", int] = field(default_factory=dict)
     held: dict["Layer", list["Pair"]] = field(default_factory=dict)
     closed: bool = False
-    _task: int | None = None
-    _trains: bool = True
+    epoch: int = -1
+    looked: bool = False
+    kind: str = ""
+    task: int = -1
 
-    def trains(self, layers: Sequence["Layer"]) -> bool:
-        """Whether the backward pass that runs reaches parameters: an attack's `autograd.grad(loss, x)` is no part of a
-        step."""
+    def meets(self, layers: Sequence["Layer"]) -> bool:
+        """Whether this is the first that is seen of the backward pass that runs. Its kind is "" where it reaches no
+        parameter: an attack's `autograd.grad(loss, x)` is no part of a step."""
         task = torch._C._current_graph_task_id()
-        if self._task != task:
-            self._task, self._trains = task, any(_reached(p) for layer in layers for p in layer.parameters)
-        return self._trains
-
-
-def _reached(p: nn.Parameter) -> bool:
-    if not p.requires_grad:
-        return False
-    try:
-        return torch._C._will_engine_execute_node(get_gradient_edge(p).node)
-    except RuntimeError:  # autograd.grad() was asked for this very parameter
+        if self.task == task:
+            return False
+        kinds = {_kind(p) for layer in layers for p in layer.parameters if p.requires_grad}
+        self.task, self.kind = task, next((kind for kind in (LEFT, RETURNED) if kind in kinds), "")
         return True
+
+    def close(self, epoch: int, differentiable: bool) -> None:
+        """A backward pass has gone through."""
+        self.closed, self.epoch = True, epoch
+        self.looked = self.kind == RETURNED and not differentiable
+
+    def reopen(self) -> None:
+        """Another one is to be measured."""
+        self.closed, self.normaliser = False, None
+        self.waiting.clear()
+        self.held.clear()
+
+
+LEFT, RETURNED = "left in p.grad", "returned by autograd.grad()"
+
+
+def _kind(p: nn.Parameter) -> str:
+    try:
+        return LEFT if torch._C._will_engine_execute_node(get_gradient_edge(p).node) else ""
+    except RuntimeError:  # autograd.grad() was asked for this very parameter
+        return RETURNED
 
 
 @dataclass
@@ -65,11 +83,11 @@ class Pass:
         self.uses.append(use)
         self.context.calls[use.layer] = self.context.calls.get(use.layer, 0) + 1
 
-    def close(self, keep_graph: bool) -> None:
-        """After a backward pass: its rows are counted, and nothing of it stays alive."""
-        self.context.closed = True
-        self.uses.clear()
+    def close(self, keep_graph: bool, epoch: int, differentiable: bool) -> None:
+        """After a backward pass: its rows are counted, and nothing of it stays alive, unless the graph does."""
+        self.context.close(epoch, differentiable)
         if not keep_graph:
+            self.uses.clear()
             self.inputs.clear()
             self.given.clear()
 
@@ -80,7 +98,8 @@ class Batch:
 
     Attributes:
         predictions: how many predictions the statistics were summed over.
-        normaliser: N of the last backward pass; N * p.grad is the gradient of the summed loss.
+        normaliser: N; N * p.grad is the gradient of the summed loss. Of several backward passes with an N of their own,
+            that by which as many predictions are weighed in all: sum B_i / sum (B_i / N_i).
         misfit: largest relative misfit of the likelihood.
         samples: samples seen, a Python number.
         valid: whether the step's gradient is finite; a bool on the device, set by the optimizer.
@@ -91,6 +110,18 @@ class Batch:
     misfit: Tensor
     samples: int
     valid: Tensor = field(default_factory=lambda: torch.ones((), dtype=torch.bool))
+
+    def joined(self, other: "Batch") -> "Batch":
+        """This one and that of another backward pass of the step; one without predictions changes no N.
+
+        >>> a, b = (Batch(torch.tensor(B), torch.tensor(N), torch.zeros(()), 1) for B, N in ((28.0, 56.0), (4.0, 8.0)))
+        >>> a.joined(b).normaliser, a.joined(Batch(torch.tensor(0.0), torch.tensor(0.0), a.misfit, 1)).normaliser
+        (tensor(32.), tensor(56.))
+        """
+        weights = [torch.where(part.normaliser > 0, part.predictions / part.normaliser, 0.0) for part in (self, other)]
+        predictions, weight = self.predictions + other.predictions, weights[0] + weights[1]
+        normaliser = torch.where(weight > 0, predictions / weight, other.normaliser)
+        return Batch(predictions, normaliser, torch.maximum(self.misfit, other.misfit), self.samples + other.samples)
 
 
 def find_output(output: Any) -> Tensor | None:

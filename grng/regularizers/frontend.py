@@ -32,7 +32,7 @@ from grng.regularizers.passes import ByParameter, Pass, PutBack, clear, refuse_s
 from grng.regularizers.scaler import Closure, as_scale
 
 Paused = Callable[[], AbstractContextManager[None]]
-Around = Callable[[Tensor | None], AbstractContextManager[None]]
+Around = Callable[[Tensor | None, bool], AbstractContextManager[None]]
 STEPS = "regularizer_steps"
 
 
@@ -45,8 +45,8 @@ class FrontEnd:
         model: returns the model, for names, kinds and buffers; the DistributedDataParallel module for sync=False.
         paused: a context in which the optimizer captures no curvature.
         note: called with a parameter and its plain gradient where autograd's hooks do not see it.
-        around: a context for the passes of a step, given what their loss is multiplied by, as far as that is known:
-            gradients of before are taken away in it and given back.
+        around: a context for the passes of a step, given what their loss is multiplied by, as far as that is known, and
+            whether gradients of before are taken away in it and given back.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class FrontEnd:
         model: Callable[[], nn.Module | None],
         paused: Paused = nullcontext,
         note: Note = lambda p, g: None,
-        around: Around = lambda scale: nullcontext(),
+        around: Around = lambda scale, taken: nullcontext(),
     ) -> None:
         self.chain = as_chain(regularizers)
         self.method = next((part for part in self.chain if isinstance(part, Passes)), None)
@@ -112,7 +112,7 @@ class FrontEnd:
         method, every, scale = self.method, self._parameters(), as_scale(scale)
         before = {p: p.grad for p in every.tensors if p.grad is not None}
         self._zeroed = self.ready = False
-        with PutBack(every.tensors, before), self._around(scale):
+        with PutBack(every.tensors, before), self._around(scale, not replace):
             if not replace:
                 clear(every.tensors)
             if method is None or not method.acts(self.t):

@@ -100,7 +100,7 @@ class Regularized(Optimizer):
         self._link()
         paused = getattr(base, "paused", nullcontext)
         note = getattr(base, "note_gradient", lambda p, gradient: None)
-        around = getattr(base, "around_passes", lambda scale: nullcontext())
+        around = getattr(base, "around_passes", lambda scale, taken: nullcontext())
         self._front = FrontEnd(regularizer, lambda: base.param_groups, lambda: model, paused, note, around)
         if not self._front.chain:
             raise invalid("regularizer", regularizer, "a regularizer, or a list with at least one")

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -60,6 +61,9 @@ EXACT: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
 }
 
 
+ZERO = ("dead units", "LoRA at its start")  # a layer's gradient is: it is looked at again
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", EXACT)
 def test_no_false_alarm(case: str, dtype: torch.dtype) -> None:
@@ -67,7 +71,7 @@ def test_no_false_alarm(case: str, dtype: torch.dtype) -> None:
     model, x = build().to(dtype), inputs().to(dtype)
     y = torch.randint(3, (len(x),))
     seen = measure(model, x, lambda f: cross_entropy(f.to(torch.promote_types(dtype, torch.float32)), y))
-    assert statuses(seen.layers) == {"verified"}
+    assert statuses(seen.layers) == {"verified"} | ({"pending"} if case in ZERO else set())
 
 
 @pytest.mark.parametrize("case", EXACT)
@@ -82,7 +86,31 @@ def test_no_false_alarm_under_autocast(case: str) -> None:
             loss = cross_entropy(model(x).float(), y)
         loss.backward()
 
-    assert statuses(attached.step(work).layers) == {"verified"}
+    assert statuses(attached.step(work).layers) == {"verified"} | ({"pending"} if case in ZERO else set())
+    attached.capture.close()
+
+
+@ENGINE
+@pytest.mark.parametrize("wrong", [False, True])
+def test_nothing_is_verified_by_a_gradient_of_zero(wrong: bool, engine: str) -> None:
+    """Behind a last layer that begins at zero, nothing equals nothing: the first gradient decides."""
+
+    class Twice(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self[0](x))
+            return self[1](torch.tanh(nn.functional.linear(h, self[0].weight)) if wrong else h)
+
+    model = Twice(nn.Linear(4, 4), nn.Linear(4, 3))
+    nn.init.zeros_(model[1].weight)
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    attached = Attached(model, "hooks" if wrong else engine)
+    work = lambda: cross_entropy(model(x), y).backward()  # noqa: E731
+    assert [layer.status for layer in attached.step(work).layers.values()] == ["pending", "verified"]
+    nn.init.normal_(model[1].weight)
+    model.zero_grad()
+    with pytest.warns(GRNGWarning, match="misses the gradient") if wrong else nullcontext():
+        after = attached.step(work).layers
+    assert [layer.status for layer in after.values()] == ["failed" if wrong else "verified", "verified"]
     attached.capture.close()
 
 
