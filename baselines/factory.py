@@ -84,7 +84,8 @@ def register_optimizer(name: str, build: Callable[..., optim.Optimizer], about: 
 
     Args:
         name: without "+" and "/".
-        build: called with the model, or with its trainable parameters where its first argument is named `params`.
+        build: called with the trainable parameters, or with the model where its first argument is named `model`, or
+            annotated as a module.
         about: a line on it.
         defaults: of its settings.
 
@@ -100,8 +101,16 @@ def register_optimizer(name: str, build: Callable[..., optim.Optimizer], about: 
         raise ValueError(f"the name {name!r} of an optimizer is empty or holds + or /: choose another")
     if name in OPTIMIZERS and OPTIMIZERS[name].own:
         raise ValueError(f"an optimizer {name!r} is there already: choose another name")
-    by_parameters = next(iter(signature(build).parameters), None) == "params"
-    OPTIMIZERS[name] = Entry(partial(_torch, build) if by_parameters else build, about, defaults, own=False)
+    OPTIMIZERS[name] = Entry(build if _takes_model(build) else partial(_torch, build), about, defaults, own=False)
+
+
+def _takes_model(build: Callable[..., Any]) -> bool:
+    """Whether the first argument is a model."""
+    first = next(iter(signature(build).parameters.values()), None)
+    if first is None or first.kind is first.VAR_POSITIONAL:
+        return False
+    annotated = isinstance(first.annotation, type) and issubclass(first.annotation, nn.Module)
+    return first.name in ("model", "module", "net") or annotated or str(first.annotation).endswith("Module")
 
 
 def parts_of(name: str) -> tuple[str, tuple[str, ...]]:

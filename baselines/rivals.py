@@ -150,6 +150,7 @@ class Driven(Optimizer):
     ) -> None:
         self.parts, self.first, self._hooks, self._twice = list(parts), first, hooks or Hooks(), twice
         self.requires_closure = twice is not None
+        self.hessian_products = 0
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         self._finalizer = weakref.finalize(self, self._hooks.remove)
 
@@ -169,6 +170,7 @@ class Driven(Optimizer):
             self.first.step()
         for part in self.parts:
             bare_step(part)
+        self.hessian_products += kept
         if kept:  # a gradient that holds its graph holds the parameter that holds it
             for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
                 p.grad = p.grad.detach()

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
+from grng.torch_optim import demands_closure
+
 from .statistics import present
 
 WARM_UP_STEPS = 12  # past the first of what is done every tenth step: estimates, decompositions
@@ -32,7 +34,7 @@ class Stepper:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, loss: Loss) -> None:
         self.model, self.optimizer, self.loss = model, optimizer, loss
-        self.by_closure = getattr(optimizer, "requires_closure", False)
+        self.by_closure = demands_closure(optimizer)
         self.passes = 0
         self.before = 0  # evaluations of a run that is gone on with
         self.clock: Clock | None = None

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 Times = Mapping[str, Mapping[str, float]]  # workload -> optimizer -> time
 
+DIGITS = 5  # of a target: the machine's rounding is not to decide
 FEWEST_PAIRS = 6  # that can differ at 95 %: five of five alike happen by chance in one case of sixteen
 SIGNED: Any = {"posinf": math.inf, "neginf": -math.inf}
 MOST = 4.0  # an optimizer that takes longer than so many times the fastest's time gets no credit for a workload
@@ -29,6 +30,16 @@ def study_time(studies: Sequence[Sequence[float]]) -> float:
     4.0
     """
     return median(min(trials) for trials in studies)
+
+
+def at_target(value: float, target: float, goal: str) -> bool:
+    """Whether a value is the target or better, to the five digits that targets are frozen with.
+
+    >>> at_target(282 / 287, 0.98258, "max"), at_target(281 / 287, 0.98258, "max")  # 282/287 is 0.982578
+    (True, False)
+    """
+    rounded = float(f"{value:.{DIGITS}g}")
+    return rounded >= target if goal == "max" else rounded <= target
 
 
 def expected_best(values: Sequence[float]) -> list[float]:

@@ -1,5 +1,6 @@
 """What torch.optim leaves to optimizers that hold others, and to those that are resumed to the bit."""
 
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +26,17 @@ def bare_step(optimizer: Optimizer) -> None:
     step = type(optimizer).step
     (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)  # type: ignore[attr-defined]
     optimizer._opt_called = True  # type: ignore[attr-defined]  # for a scheduler that is built over it
+
+
+def demands_closure(optimizer: Optimizer) -> bool:
+    """Whether its step() takes nothing else than a closure.
+
+    >>> w = nn.Parameter(torch.zeros(1))
+    >>> demands_closure(torch.optim.LBFGS([w])), demands_closure(torch.optim.SGD([w]))
+    (True, False)
+    """
+    closure = signature(type(optimizer).step).parameters.get("closure")
+    return getattr(optimizer, "requires_closure", False) or (closure is not None and closure.default is closure.empty)
 
 
 def scalar(lr: Any) -> Any:

@@ -1,7 +1,7 @@
 """The commands `grng bench run|tune|targets|report|status`."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +14,7 @@ from .listener import default_listener
 from .protocol import DEFAULT_OPTIMIZERS, Job, workloads_of
 from .spaces import TARGETS_BY
 from .store import Store
-from .targets import read_targets, write_targets
+from .targets import Target, all_targets, read_targets, write_targets
 from .trial import Outcome
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def add_bench(app: "typer.Typer") -> None:
     Budget = Annotated[float | None, typer.Option(help="Times every workload's steps: 0.1 for a first look.")]
     Sets = Annotated[list[str] | None, typer.Option("--set", help="A setting, as adamw.lr=1e-3; repeatable.")]
     Recipe = Annotated[Path | None, typer.Option(help="TOML file of these options; those given here win.")]
+    Targets = Annotated[Path | None, typer.Option(help="File of targets of one's own, as grng bench targets writes.")]
     Aim = Annotated[
         str | None, typer.Option(help="time: first at the target; value: best at the full length. [default: time]")
     ]
@@ -67,9 +68,10 @@ def add_bench(app: "typer.Typer") -> None:
         optimizers = tuple(names(optimizer) or own["optimizers"] or DEFAULT_OPTIMIZERS)
         workloads = names(workload) or ([] if tier else own["workloads"] or [])
         tier = tier or (None if workloads else own["tier"] or "fast")
-        settings = merge(chosen_settings(own, optimizers), parse_settings(sets or (), optimizers))
+        settings = merge(chosen_settings(own, optimizers), parse_settings(sets or (), known_as(optimizers)))
         folder = data_root(data)
         options = {key: value for key, value in options.items() if value is not None}
+        options["targets"] = all_targets(options.pop("targets", None) or found.pop("targets", None))
         protocol: dict[str, Any] = {key: found.pop(key) for key in ("studies", "trials", "seeds") if key in found}
         made = Job(workloads_of(tier, workloads), optimizers, out, folder, settings=settings, **(found | options))
         return made, protocol
@@ -91,14 +93,17 @@ def add_bench(app: "typer.Typer") -> None:
         clock: Annotated[
             str | None, typer.Option(help="What the best setting is chosen by. [default: seconds]")
         ] = None,
+        targets: Targets = None,
         diagnose: Annotated[bool, typer.Option(help="Gradient norm, Pearson's r and sharpness, off the clock.")] = True,
         log: Annotated[str | None, typer.Option(help="tensorboard or wandb, where installed.")] = None,
     ) -> None:
         """Run seeds at given settings, at the best of a search in the same folder, or at the defaults."""
         with refusals("run"):
-            options = {"device": device, "threads": threads, "budget": budget, "clock": clock, "aim": aim}
+            options: dict[str, Any] = {"device": device, "threads": threads, "budget": budget, "aim": aim}
+            options |= {"clock": clock, "targets": targets}
             made, protocol = job(recipe, out, workload, optimizer, tier, data, sets, **options)
-            outcomes = made.run(seeds or protocol.get("seeds", 10), diagnose, default_listener(out, log))
+            with tables(made.store):
+                outcomes = made.run(seeds or protocol.get("seeds", 10), diagnose, default_listener(out, log))
             conclude(made.store, outcomes)
 
     @bench.command("tune")
@@ -123,7 +128,9 @@ def add_bench(app: "typer.Typer") -> None:
             options = {"device": device, "threads": threads, "budget": budget, "aim": aim}
             made, protocol = job(recipe, out, workload, optimizer, tier, data, sets, **options)
             studies, trials = studies or protocol.get("studies", 3), trials or protocol.get("trials", 5)
-            conclude(made.store, made.tune(studies, trials, default_listener(out, log)))
+            with tables(made.store):
+                outcomes = made.tune(studies, trials, default_listener(out, log))
+            conclude(made.store, outcomes)
 
     @bench.command("targets")
     def targets_command(
@@ -158,6 +165,7 @@ def add_bench(app: "typer.Typer") -> None:
         clock: Clock = "seconds",
         page: Annotated[Path | None, typer.Option(help="Write the Markdown page here, its figures beside it.")] = None,
         data: Data = None,
+        targets: Targets = None,
     ) -> None:
         """Write report.html, results.md, the tables and the figures, from what is in the folder; beside DeepOBS's own
         curves where the data hold them (results_deepobs)."""
@@ -167,15 +175,15 @@ def add_bench(app: "typer.Typer") -> None:
         with refusals("report"):
             folder = data_root(data)
             known = published(folder) if folder and (folder / "results_deepobs").is_dir() else None
-            written = write_report(Store(out), clock, page, published=known)
+            written = write_report(Store(out), clock, page, all_targets(targets), known)
             for path in written:
                 typer.echo(str(path))
 
     @bench.command("status")
-    def status_command(out: Out = Path("results/bench"), data: Data = None) -> None:
+    def status_command(out: Out = Path("results/bench"), data: Data = None, targets: Targets = None) -> None:
         """Show the workloads, whether their data are there, and what is done in the folder."""
         with refusals("status"):
-            show_status(Store(out), data_root(data))
+            show_status(Store(out), data_root(data), all_targets(targets))
 
 
 def names(lists: list[str] | None) -> list[str]:
@@ -183,11 +191,26 @@ def names(lists: list[str] | None) -> list[str]:
     return [name.strip() for part in lists or () for name in part.split(",") if name.strip()]
 
 
+def known_as(optimizers: Iterable[str]) -> list[str]:
+    """The names that settings may be given by: those on the command line, and those that own optimizers get there.
+
+    >>> known_as(["adamw", "mine.py", "torch.optim:RAdam"])
+    ['adamw', 'mine.py', 'mine', 'torch.optim:RAdam', 'radam']
+    """
+    found: list[str] = []
+    for name in optimizers:
+        found.append(name)
+        if name.endswith(".py"):
+            found.append(Path(name).stem.lower())
+        elif ":" in name:
+            found.append(name.rpartition(":")[2].lower())
+    return found
+
+
 def conclude(store: Store, outcomes: list[Outcome]) -> None:
     """Write the tables, say where they are; status 1 if a run failed."""
     import typer
 
-    store.write_tables(store.outcomes())
     failed = [o for o in outcomes if o.status == "failed"]
     typer.echo(
         f"{len(outcomes)} runs, {len(failed)} failed. Tables: {store.out}; report: grng bench report --out {store.out}"
@@ -195,7 +218,7 @@ def conclude(store: Store, outcomes: list[Outcome]) -> None:
     raise typer.Exit(int(bool(failed)))
 
 
-def show_status(store: Store, data: Path | None) -> None:
+def show_status(store: Store, data: Path | None, targets: Mapping[str, Target]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -203,7 +226,6 @@ def show_status(store: Store, data: Path | None) -> None:
     from ..workloads import all_workloads
 
     outcomes = store.outcomes() if store.out.is_dir() else []
-    targets = read_targets()
     table = Table(box=SIMPLE_HEAD)
     for i, heading in enumerate(("workload", "tier", "steps", "metric", "target", "data", "trials", "runs", "trouble")):
         table.add_column(heading, justify="left" if i in (0, 1, 3, 5, 8) else "right", no_wrap=not i)
@@ -223,6 +245,16 @@ def show_status(store: Store, data: Path | None) -> None:
             ", ".join(f"{count} {kind}" for kind, count in trouble.items() if count) or "none",
         )
     Console(width=None if sys.stdout.isatty() else 130, highlight=False).print(table)
+
+
+@contextmanager
+def tables(store: Store) -> Iterator[None]:
+    """The tables are written in the end, also of what was interrupted."""
+    try:
+        yield
+    finally:
+        if outcomes := store.outcomes():
+            store.write_tables(outcomes)
 
 
 @contextmanager

@@ -24,6 +24,9 @@ def landing_section(analysis: Analysis, published: Published) -> Section | None:
     rows = []
     for workload, name, theirs, runs in pairs_of(analysis, published):
         target = published[PROBLEMS[workload]]["target"]
+        runs = [run for run in runs if len(run.rows) > 1]
+        if not runs:  # an epoch, or a part of one
+            continue
         epochs = [run.time_to(target, "step") / run.rows[0]["step"] for run in runs]  # evaluated once an epoch
         curve = median_curve(runs, "step")[1]
         last = min(len(curve), len(theirs["median"]) - 1)

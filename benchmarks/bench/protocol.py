@@ -16,6 +16,7 @@ from ..config import resolve_device
 from ..errors import InputError, check_extra, choose
 from ..names import merge, optimizer_of
 from ..workloads import Task, Workload, all_workloads, find_workload
+from ..workloads.named import is_named
 from .roster import contestant_of
 from .search import Search
 from .spaces import ROSTER, SETTERS, TARGETS_BY, Contestant
@@ -118,6 +119,11 @@ class Job:
     def tune(self, studies: int = 3, trials: int = 5, listener: Listener | None = None) -> list[Outcome]:
         """Search: trial by trial, study by study, workload by workload, everybody in turn."""
         plan = [(s, n) for s in range(studies) for n in range(trials)]
+        if all(contestant.name in SETTERS for contestant in self.contestants):
+            raise InputError(
+                f"{', '.join(self.optimizers)}: who set a target runs at the setting it did so with, and is not "
+                "searched; leave out /target"
+            )
         searching = [contestant for contestant in self.contestants if contestant.name not in SETTERS]
         return self._search(plan, searching, listener or Listener(), 1.0 if self.aim == "value" else None)
 
@@ -168,7 +174,7 @@ class Job:
         return targets
 
     def best(self, outcomes: Sequence[Outcome], workload: str, contestant: Contestant) -> tuple[dict[str, Any], float]:
-        """Settings and horizon for the seeds: given ones, else the best of the search, else the defaults.
+        """Settings and horizon for the seeds: the best of the search, else the defaults; given ones replace theirs.
 
         The best reached the target first; where none did, or where the aim is the value, it came to the best value.
         Trials of another length do not count. Who set the target has the settings that it did so with.
@@ -192,9 +198,9 @@ class Job:
                 f"{self.store.out} holds a search of {contestant.name!r} on {workload!r} at another length than budget "
                 f"{self.budget:g} and lr_warmup {self.lr_warmup:g}: search at this one, or give settings"
             )
-        if chosen is None or given:
+        if chosen is None:
             return merge(contestant.settings({})[0], given), horizon or 1.0
-        return dict(chosen.trial["settings"]), horizon or float(chosen.trial["horizon"])
+        return merge(dict(chosen.trial["settings"]), given), horizon or float(chosen.trial["horizon"])
 
     def _set_target(self, contestant: Contestant, workload: str) -> bool:
         """Whether the optimizer is the one whose setting set the workload's target."""
@@ -312,9 +318,8 @@ def check_packages(workload: Workload) -> None:
     """Raise InputError unless the packages that the workload needs are installed."""
     missing = [name for name in workload.needs if find_spec(name) is None]
     if missing:
-        raise InputError(
-            f"workload {workload.name!r} needs {', '.join(missing)}: pip install 'grng[bench,integrations]'"
-        )
+        what = missing[0] if is_named(workload.name) else "'grng[bench,integrations]'"
+        raise InputError(f"workload {workload.name!r} needs {', '.join(missing)}: pip install {what}")
 
 
 def ended(outcome: Outcome | None) -> bool:

@@ -8,7 +8,7 @@ from ..errors import InputError, choose
 
 KINDS: dict[str, Any] = {
     **dict.fromkeys(("workloads", "optimizers"), list),
-    **dict.fromkeys(("tier", "device", "clock", "aim"), str),
+    **dict.fromkeys(("tier", "device", "clock", "aim", "targets"), str),
     **dict.fromkeys(("studies", "trials", "seeds", "threads"), int),
     **dict.fromkeys(("budget", "lr_warmup"), (int, float)),
     "settings": dict,
@@ -17,8 +17,8 @@ KINDS: dict[str, Any] = {
 
 def read_bench_recipe(path: Path) -> dict[str, Any]:
     """Read a recipe: `workloads`, `optimizers`, `tier`, `studies`, `trials`, `seeds`, `budget`, `lr_warmup`, `device`,
-    `threads`, `clock`, `aim`, and tables such as [settings.adamw], whose `horizon` is the part of the budget that is
-    used.
+    `threads`, `clock`, `aim`, `targets` (a file, from the recipe's folder), and tables such as [settings.adamw], whose
+    `horizon` is the part of the budget that is used.
 
     Raises:
         InputError: it cannot be read, has another key, or a value of another type.
@@ -38,4 +38,6 @@ def read_bench_recipe(path: Path) -> dict[str, Any]:
     for name, table in recipe.get("settings", {}).items():
         if not isinstance(table, dict):
             raise InputError(f"recipe {path}: settings.{name} is {table!r}: write a table [settings.{name}]")
+    if "targets" in recipe:
+        recipe["targets"] = path.parent / Path(recipe["targets"]).expanduser()
     return recipe

@@ -82,11 +82,25 @@ def lead(analysis: Analysis) -> str:
     places = list(made_on) if len(made_on) == 1 else [f"{m} ({', '.join(sorted(w))})" for m, w in made_on.items()]
     mixed = [w for w in data if sum(w in found for found in made_on.values()) > 1]
     changed = [w for w, found in data.items() if len(found) > 1]
+    lengths = {
+        w: {(o.trial["budget"], o.trial["lr_warmup"]) for o in analysis.outcomes if o.workload == w} for w in data
+    }
+    budgets = {budget for found in lengths.values() for budget, _ in found}
+    uneven = [w for w, found in lengths.items() if len(found) > 1]
+    counts = {
+        w: {sum(o.workload == w and o.optimizer == name for o in trials) for name in {o.optimizer for o in trials}}
+        - {0}
+        for w in data
+    }
+    unequal = [w for w, found in counts.items() if len(found) > 1]
     sources = {o.environment.get("source") for o in analysis.outcomes}
     return (
-        f"{len(analysis.workloads)} workloads, {len(analysis.optimizers)} optimizers: {len(trials)} trials of the "
+        f"{len(data)} workloads, {len(analysis.optimizers)} optimizers: {len(trials)} trials of the "
         f"search and {len(runs)} runs on up to {seeds} paired seeds. Time is measured in {CLOCKS[analysis.clock]}; "
         f"{'; '.join(places)}."
+        + f" Runs are of {' or '.join(f'{b:g}' for b in sorted(budgets))} times the full length." * (budgets != {1.0})
+        + f" Made at different lengths, so that they do not compare: {', '.join(uneven)}." * bool(uneven)
+        + f" Searched by different numbers of trials: {', '.join(unequal)}." * bool(unequal)
         + f" Made on several machines or with several versions, so that times do not compare: {', '.join(mixed)}."
         * bool(mixed)
         + f" Made with data that changed in between: {', '.join(changed)}." * bool(changed)
@@ -351,7 +365,7 @@ def settings_section(analysis: Analysis) -> Section:
     ]
     return Section(
         "Settings of the runs",
-        "Found by the search; OPTIMIZER/target: by that for the targets.",
+        "Of the search where there was one, else given or the defaults; OPTIMIZER/target: of that for the targets.",
         ("workload", "optimizer", "horizon", "settings"),
         rows,
     )
@@ -383,7 +397,8 @@ def targets_section(analysis: Analysis) -> Section:
         for name, t in analysis.targets.items()
     ]
     text = (
-        "Frozen before any of our methods ran: the best of tuned SGD with Nesterov momentum, AdamW and NAdamW, rerun."
+        "Frozen before any of our methods ran: the best of tuned SGD with Nesterov momentum, AdamW and NAdamW, rerun; "
+        "DeepOBS's are published."
     )
     return Section("Targets", text, ("workload", "target", "set by", "settings", "from"), rows)
 

@@ -3,25 +3,28 @@
 One line: `--optimizer torch.optim:RAdam`, MODULE:CLASS. One file: `--optimizer mine.py`, which defines
 
     def build(params, lr=1e-3, **settings): ...         # or build(model, ...): returns the optimizer
+                                                        # whose step() is given a closure if it asks for one
     SPACE = {"lr": (1e-4, 1e-1), "damping": (1e-3, 1)}  # what is searched, on a log scale, besides the horizon
 """
 
 import importlib
 import importlib.util
+import inspect
 import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from grng.baselines import register_optimizer
+from grng.baselines import OPTIMIZERS, register_optimizer
 
 from ..errors import InputError
-from ..names import check_name, is_key, optimizer_of
+from ..names import base_of, check_name, is_key, optimizer_of
 from .search import DIMENSIONS
-from .spaces import ADAM_LR, DECAY, HORIZON, ROSTER, Contestant, Dimension
-
-PLAIN = (ADAM_LR, HORIZON, DECAY)  # what is searched of an optimizer that brings no space
+from .spaces import HORIZON, PLAIN, ROSTER, SPACES, Contestant, Dimension
 
 
 def contestant_of(name: str) -> Contestant:
@@ -41,21 +44,42 @@ def contestant_of(name: str) -> Contestant:
     if ":" in name:
         return from_module(name)
     check_name(name)
-    for contestant in ROSTER:
-        if contestant.name == optimizer_of(name):
-            return replace(contestant, name=name)
-    return Contestant(name, PLAIN)
+    rows = {contestant.name: contestant for contestant in ROSTER}
+    for known in (optimizer_of(name), base_of(name)):  # regularized as the row without, but for a row of its own
+        if known in rows:
+            return replace(rows[known], name=name)
+    return Contestant(name, SPACES.get(base_of(name), PLAIN))
 
 
 def from_module(name: str) -> Contestant:
     where, _, what = name.partition(":")
     try:
-        found = getattr(importlib.import_module(where), what)
+        with beside(Path.cwd()):
+            found = getattr(importlib.import_module(where), what)
     except Exception as error:
         raise InputError(f"no optimizer {name!r} ({error}): give MODULE:CLASS, as in torch.optim:RAdam") from error
     if not callable(found):
         raise InputError(f"{name!r} is {found!r}, no optimizer: give MODULE:CLASS, as in torch.optim:RAdam")
-    return registered(what, found, PLAIN)
+    taken = parameters_of(found)
+    space = tuple(d for d in PLAIN if d is HORIZON or taken is None or d.name in taken)
+    known = OPTIMIZERS.get(what.lower())
+    return registered(f"{where}.{what}" if known and known.own else what, found, space)
+
+
+def parameters_of(build: Any) -> set[str] | None:
+    """The names of its arguments; None where it takes any."""
+    parameters = inspect.signature(build).parameters
+    return None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else set(parameters)
+
+
+@contextmanager
+def beside(folder: Path) -> Iterator[None]:
+    """Modules in that folder can be imported too."""
+    sys.path.append(str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
 
 
 def from_file(path: Path) -> Contestant:

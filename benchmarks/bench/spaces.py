@@ -97,6 +97,12 @@ CONSTANT, FADING = Dimension("floor", 1e-3, 0.3), Dimension("strength", 1e-3, 0.
 PUBLISHED = (rate(0.01, 1.0), HORIZON, DECAY, Dimension("floor", 1e-3, 1.0))  # K-FAC of one damping and a KL clip
 KALMAN = (rate(0.2, 1.0), HORIZON, Dimension("gamma", 1e-2, 0.3), Dimension("strength", 1e-3, 1.0))
 
+PLAIN = (ADAM_LR, HORIZON, DECAY)  # of an optimizer that brings no space
+SPACES = {  # of those that are known, and not in the roster
+    "sgd": (rate(3e-3, 1.0), HORIZON, DECAY),
+    "sophia-h": (rate(1e-4, 3e-2), HORIZON, DECAY, Dimension("rho", 0.001, 0.1)),
+}
+
 ROSTER = (
     Contestant("ring", (*NATURAL, FADING)),
     Contestant("ring/ekfac", (*NATURAL, FADING), {"preconditioner": "ekfac"}),

@@ -165,7 +165,8 @@ def algoperf_row(row: Mapping[str, Any], test: Mapping[str, Any]) -> dict[str, A
 def flat_row(outcome: Outcome) -> dict[str, Any]:
     """One row of results.csv."""
     trial = outcome.trial
-    plain = {key: trial[key] for key in ("workload", "optimizer", "phase", "study", "number", "seed", "horizon")}
+    plain = {key: trial[key] for key in ("workload", "optimizer", "phase", "study", "number", "seed")}
+    plain |= {key: trial[key] for key in ("horizon", "budget", "lr_warmup")}
     settings = "; ".join(f"{key}={value}" for key, value in flat(trial["settings"]).items())
     last = outcome.rows[-1] if outcome.rows else {}
     return {
@@ -177,7 +178,8 @@ def flat_row(outcome: Outcome) -> dict[str, Any]:
         "best": outcome.best(),
         "last": last.get(outcome.metric),
         "test": outcome.test.get(outcome.metric),
-        "test_loss": outcome.test.get("loss"),
+        **{f"test_{name}": outcome.test.get(name) for name in ("loss", "brier", "ece", "scaled_ece")},
+        **{name.replace(" ", "_").replace("'", ""): value for name, value in outcome.diagnosis.items()},
         "steps": outcome.steps,
         "seconds": outcome.seconds,
         "cpu_seconds": outcome.cpu_seconds,

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..records import storable, write_atomically
+from ..statistics import DIGITS
 from .trial import Outcome
 
 FILE = "targets.json"
@@ -40,11 +41,16 @@ class Target:
 
 def read_targets(path: Path | None = None) -> dict[str, Target]:
     """The targets in a file; None: those of the package."""
-    text = path.read_text("utf-8") if path else (files(__package__) / FILE).read_text("utf-8")
     try:
+        text = path.read_text("utf-8") if path else (files(__package__) / FILE).read_text("utf-8")
         return {name: Target(**content) for name, content in json.loads(text).items()}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path or FILE} holds no targets ({error}): make them with grng bench targets") from error
+
+
+def all_targets(path: Path | None) -> dict[str, Target]:
+    """Those of the package, and before them those in a file of one's own."""
+    return read_targets() | (read_targets(path) if path else {})
 
 
 def write_targets(path: Path, targets: dict[str, Target]) -> None:
@@ -67,7 +73,7 @@ def target_of(winner: Outcome, reruns: Sequence[Outcome], trials: int) -> Target
     values = [worst if (value := o.best()) is None else value for o in reruns]
     return Target(
         winner.workload,
-        float(f"{median(values):.5g}"),
+        float(f"{median(values):.{DIGITS}g}"),
         winner.metric,
         winner.goal,
         winner.optimizer,

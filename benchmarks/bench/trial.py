@@ -26,6 +26,7 @@ from ..loop import (
 )
 from ..names import optimizer_of
 from ..records import downsample, fingerprint_of, hash_of
+from ..statistics import at_target
 from ..workloads import Task, Workload
 from .diagnosis import Diagnosis
 
@@ -144,7 +145,7 @@ class Outcome:
         """
         if self.status != "failed":
             for row, value in zip(self.rows, self.values(self.metric), strict=True):
-                if (value >= target) if self.goal == "max" else (value <= target):
+                if at_target(value, target, self.goal):
                     return float(row[clock])
         return math.inf
 

@@ -96,15 +96,6 @@ class Workload:
     needs: tuple[str, ...] = ()
     schedule: Literal["cosine", "constant"] = "cosine"
 
-    def reached(self, value: float, target: float) -> bool:
-        """Whether a value of the metric is the target or better.
-
-        >>> from grng.benchmarks.workloads import find_workload
-        >>> find_workload("digits-mlp").reached(0.97, 0.96)
-        True
-        """
-        return value >= target if self.goal == "max" else value <= target
-
 
 @dataclass
 class Supervised(Task):

@@ -1,6 +1,5 @@
 """Any optimizer under regularizers."""
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,7 +12,7 @@ from grng.errors import invalid
 from grng.regularizers.base import Regularizer, global_norm
 from grng.regularizers.frontend import STEPS, FrontEnd
 from grng.regularizers.scaler import under_scaler
-from grng.torch_optim import bare_step, initialises
+from grng.torch_optim import bare_step, demands_closure, initialises
 
 SKIPPED = "regularizer_skipped"
 SHARED_HOOKS = (
@@ -88,7 +87,7 @@ class Regularized(Optimizer):
     ) -> None:
         if not isinstance(base, Optimizer):
             raise TypeError(f"base must be a torch.optim.Optimizer, but is: {type(base).__name__}")
-        if getattr(base, "requires_closure", False) or _demands_closure(base):
+        if demands_closure(base):
             raise invalid(
                 "base",
                 type(base).__name__,
@@ -312,8 +311,3 @@ class Regularized(Optimizer):
         self.__init__(state["base"], **state["settings"])  # type: ignore[misc]
         self._skipped = state["skipped"]
         self._front.load_state(state)
-
-
-def _demands_closure(base: Optimizer) -> bool:
-    closure = inspect.signature(type(base).step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty

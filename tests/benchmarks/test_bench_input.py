@@ -1,12 +1,16 @@
 """What `grng bench` refuses, how it ends, and which of its options win."""
 
+import csv
+import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from grng.benchmarks.bench import Job, protocol, workloads_of
 from grng.benchmarks.bench.cli import names
 from grng.benchmarks.bench.recipes import read_bench_recipe
+from grng.benchmarks.bench.targets import read_targets, write_targets
 from grng.benchmarks.cli import make_app
 from grng.benchmarks.errors import InputError, MissingExtra
 from typer.testing import CliRunner
@@ -297,3 +301,58 @@ def test_a_part_of_a_recipe_can_be_run(tmp_path):
     recipe.write_text(recipe.read_text() + "[settings.soap]\nlr = 0.1\n")
     refused = call(*arguments, "--optimizer", "adamw")
     assert "settings for 'soap', which takes no part: choose adamw" in refused.stderr
+
+
+def test_own_targets(tmp_path):
+    """Targets of one's own count in run, report and status, beside the frozen ones, from the line or from a recipe."""
+    path = tmp_path / "mine.json"
+    frozen = read_targets()
+    write_targets(path, {"digits-mlp": replace(frozen["digits-mlp"], value=0.05)})
+    out = tmp_path / "out"
+    done = call("run", *QUICK, "--seeds", 1, "--no-diagnose", "--out", out, "--targets", path)
+    assert done.exit_code == 0, done.output
+    report = call("report", "--out", out, "--clock", "step", "--targets", path)
+    assert report.exit_code == 0, report.output
+    assert "target accuracy ≥ 0.05" in (out / "results.md").read_text()
+    rows = [line.split() for line in call("status", "--out", out, "--targets", path).stdout.splitlines()]
+    assert next(row for row in rows if row[:1] == ["digits-mlp"])[4] == "0.05"
+    recipe = tmp_path / "job.toml"
+    recipe.write_text('targets = "mine.json"\n')
+    assert read_bench_recipe(recipe)["targets"] == path
+    missing = call("run", *QUICK, "--out", out, "--targets", tmp_path / "none.json")
+    assert (missing.exit_code, "none.json holds no targets" in missing.stderr) == (2, True)
+
+
+def test_own_optimizers_are_set_by_the_name_they_get(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "import torch\n\n\ndef build(params, lr=0.1):\n    return torch.optim.SGD(params, lr)\n"
+    (tmp_path / "mine_own.py").write_text(text)
+        "import torch\n\n\ndef build(params, lr=0.1):\n    return torch.optim.SGD(params, lr)\n"
+    )
+    arguments = ("--workload", "digits-mlp", "--budget", 0.01, "--seeds", 1, "--no-diagnose", "--out", tmp_path / "out")
+    done = call("run", *arguments, "--optimizer", "mine_own.py", "--set", "mine_own.lr=0.25")
+    assert done.exit_code == 0, done.output
+    (settings,) = (tmp_path / "out").glob("run/mine_own/*/*/*/hparams.json")
+    assert json.loads(settings.read_text())["lr"] == 0.25
+
+
+def test_who_set_a_target_is_not_searched(tmp_path):
+    refused = call("tune", "--workload", "digits-mlp", "--optimizer", "adamw/target", "--out", tmp_path / "out")
+    assert (refused.exit_code, "is not searched; leave out /target" in refused.stderr) == (2, True)
+
+
+def test_tables_of_what_was_interrupted(tmp_path, monkeypatch):
+    made = protocol.run_trial
+    done = []
+
+    def stop(*arguments, **options):
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return made(*arguments, **options)
+
+    monkeypatch.setattr(protocol, "run_trial", stop)
+    assert call("run", *QUICK, "--seeds", 3, "--no-diagnose", "--out", tmp_path / "out").exit_code == 130
+    rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
+    assert len(rows) == 1
+    assert {"budget", "lr_warmup", "test_brier", "test_ece"} < rows[0].keys()

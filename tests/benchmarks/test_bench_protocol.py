@@ -174,13 +174,14 @@ def test_the_best_by_another_clock():
     [
         ({}, (), {}, 1.0),
         ({}, TRIALS, {"lr": 0.2}, 0.4),
-        ({"lr": 0.7}, TRIALS, {"lr": 0.7}, 1.0),
+        ({"lr": 0.7}, TRIALS, {"lr": 0.7}, 0.4),
+        ({"eps": 1e-6}, TRIALS, {"lr": 0.2, "eps": 1e-6}, 0.4),
         ({"lr": 0.7, "horizon": 0.25}, TRIALS, {"lr": 0.7}, 0.25),
         ({"horizon": 0.25}, (), {}, 0.25),
         ({"horizon": 0.25}, TRIALS, None, 0.25),
     ],
 )
-def test_settings_given_before_those_found_before_the_defaults(tmp_path, given, trials, settings, horizon):
+def test_settings_given_replace_those_found_or_the_defaults(tmp_path, given, trials, settings, horizon):
     job = Job(["small"], PAIR, tmp_path, settings={"adamw": given}, targets={"small": target("small", 0.9)})
     frozen = made("small", "adamw", [1.0], phase="tune", study=TARGET_STUDY, settings={"lr": 9.0})
     foreign = [made("small", "soap", [1.0], phase="tune"), made("lower", "adamw", [1.0], phase="tune")]

@@ -261,3 +261,17 @@ def test_an_unknown_clock(tmp_path):
         InputError, match="unknown clock 'hours': choose one of seconds, cpu_seconds, step, evaluations"
     ):
         written(tmp_path, outcomes(("small",)), clock="hours")
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_lengths_and_searches_that_differ_are_named(tmp_path):
+    """A look of a part of the length cannot be taken for the whole; nor a search of fewer trials for an equal one."""
+    found = [made("small", "adamw", [0.9], seed=0), made("small", "soap", [0.9], seed=0)]
+    found[1].trial["budget"] = 0.1
+    found += [made("small", "adamw", [0.9], phase="tune", number=i) for i in range(2)]
+    found += [made("small", "soap", [0.9], phase="tune")]
+    written(tmp_path, found)
+    text = (tmp_path / "results.md").read_text()
+    assert "Runs are of 0.1 or 1 times the full length." in text
+    assert "Made at different lengths, so that they do not compare: small." in text
+    assert "Searched by different numbers of trials: small." in text

@@ -1,15 +1,17 @@
 """Who takes part: rows of the roster, labels, and optimizers of the user's own."""
 
 import csv
+import sys
 
 import pytest
 import torch
-from grng.baselines import OPTIMIZERS, make_optimizer
+from grng.baselines import OPTIMIZERS, make_optimizer, register_optimizer
 from grng.benchmarks.bench import ROSTER, Job, Store, protocol
 from grng.benchmarks.bench.roster import PLAIN, contestant_of
 from grng.benchmarks.bench.spaces import HORIZON, find_contestant
 from grng.benchmarks.cli import make_app
 from grng.benchmarks.errors import InputError
+from grng.benchmarks.loop import Stepper
 from torch import nn
 from typer.testing import CliRunner
 
@@ -58,10 +60,24 @@ def test_a_label_searches_and_fixes_what_its_row_does(name, like):
     assert (found.name, found.space, dict(found.fixed)) == (name, row.space, dict(row.fixed))
 
 
-@pytest.mark.parametrize("name", ["rmsprop", "adamw+clip", "sophia-h/x"])
+@pytest.mark.parametrize("name", ["rmsprop", "rmsprop+clip"])
 def test_others_search_rate_and_decay(name):
     assert contestant_of(name).space == PLAIN
     assert PLAIN[1] is HORIZON
+
+
+@pytest.mark.parametrize("name", ["ring+agr", "adamw+clip", "sgd-momentum+sam/x", "kalman+agr", "muon+clip+agr"])
+def test_the_regularized_search_as_the_plain_do(name):
+    """With what is fixed; but for a row of their own."""
+    found, row = contestant_of(name), find_contestant(name.partition("+")[0])
+    assert (found.name, found.space, dict(found.fixed)) == (name, row.space, dict(row.fixed))
+    assert contestant_of("adamw+sam/x").space == find_contestant("adamw+sam").space
+
+
+@pytest.mark.parametrize("name", ["sgd", "sophia-h", "sgd+clip"])
+def test_spaces_beside_the_roster(name):
+    assert contestant_of(name).space[1] is HORIZON
+    assert contestant_of(name).space[0] != PLAIN[0]
 
 
 def test_a_class_of_a_module():
@@ -70,6 +86,43 @@ def test_a_class_of_a_module():
     optimizer = make_optimizer("radam", nn.Linear(2, 1), lr=0.25)
     assert (type(optimizer), optimizer.defaults["lr"]) == (torch.optim.RAdam, 0.25)
     assert contestant_of("torch.optim:RAdam") == found, "once more"
+    assert [d.name for d in contestant_of("torch.optim:Rprop").space] == ["lr", "horizon"], "what it takes"
+    ours = contestant_of("torch.optim:AdamW")
+    assert ours.name == "torch.optim.adamw", "of a name that is taken"
+    assert type(make_optimizer(ours.name, nn.Linear(2, 1))) is torch.optim.AdamW
+
+
+def test_a_module_in_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "beside_us.py").write_text("import torch\n\n\nclass Own(torch.optim.SGD):\n    pass\n")
+    monkeypatch.chdir(tmp_path)
+    assert contestant_of("beside_us:Own").name == "own"
+    assert str(tmp_path) not in sys.path
+    sys.modules.pop("beside_us")
+
+
+def test_who_takes_a_model_and_who_parameters():
+    """By the first argument's name or annotation; all else takes parameters."""
+
+    class Own(torch.optim.SGD):
+        def __init__(self, parameters, lr=0.1):
+            super().__init__(parameters, lr)
+
+    def annotated(what: nn.Module, lr=0.1):
+        return torch.optim.SGD(what.parameters(), lr)
+
+    def anything(*arguments, **settings):
+        return torch.optim.SGD(*arguments, **settings)
+
+    for build in (Own, annotated, anything, lambda model, lr=0.1: torch.optim.SGD(model.parameters(), lr)):
+        register_optimizer("mine", build)
+        assert len(make_optimizer("mine", nn.Linear(2, 1), lr=0.3).param_groups[0]["params"]) == 2
+
+
+def test_a_step_that_has_to_have_a_closure_gets_one():
+    register_optimizer("lbfgs", torch.optim.LBFGS)
+    model = nn.Linear(2, 1)
+    stepper = Stepper(model, make_optimizer("lbfgs", model), lambda model, batch: model(batch).square().mean())
+    assert stepper.by_closure
 
 
 @pytest.mark.parametrize(("text", "count"), [(PARAMS, 2), (MODEL, 1)])
@@ -149,7 +202,6 @@ def test_bad_files(tmp_path, name, text, message):
         (":Thing", "no optimizer ':Thing'"),
         (".mine:Thing", "no optimizer '.mine:Thing'"),
         ("math:pi", "math:pi"),
-        ("torch.optim:AdamW", "an optimizer 'adamw' is there already"),
         ("none.py", "no file 'none.py': give a Python file with a function `build`"),
         ("nothing", "unknown optimizer 'nothing': choose one of ring"),
         ("adamw/ ", "the label of 'adamw/ ' is empty or not printable"),

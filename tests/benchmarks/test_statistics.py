@@ -6,7 +6,9 @@ import math
 import numpy as np
 import pytest
 from grng.benchmarks.statistics import (
+    DIGITS,
     Ratio,
+    at_target,
     interquartile_mean,
     paired_ratio,
     profile,
@@ -102,3 +104,12 @@ def test_misses_in_pairs() -> None:
         paired_ratio([inf], [inf])
     with pytest.raises(ValueError, match="2 times against 1"):
         paired_ratio([1.0, 1.0], [1.0])
+
+
+@pytest.mark.parametrize(("goal", "sign"), [("max", 1), ("min", -1)])
+@pytest.mark.parametrize("median", [282 / 287, 2 / 3, 1234.5678, 1e-7 / 3])
+def test_the_median_that_a_target_was_rounded_from_reaches_it(median: float, goal: str, sign: int) -> None:
+    target = float(f"{median:.{DIGITS}g}")
+    assert at_target(median, target, goal)
+    assert at_target(median * (1 + sign * 1e-3), target, goal)
+    assert not at_target(median * (1 - sign * 1e-3), target, goal)
