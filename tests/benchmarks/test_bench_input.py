@@ -327,8 +327,6 @@ def test_own_optimizers_are_set_by_the_name_they_get(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = "import torch\n\n\ndef build(params, lr=0.1):\n    return torch.optim.SGD(params, lr)\n"
     (tmp_path / "mine_own.py").write_text(text)
-        "import torch\n\n\ndef build(params, lr=0.1):\n    return torch.optim.SGD(params, lr)\n"
-    )
     arguments = ("--workload", "digits-mlp", "--budget", 0.01, "--seeds", 1, "--no-diagnose", "--out", tmp_path / "out")
     done = call("run", *arguments, "--optimizer", "mine_own.py", "--set", "mine_own.lr=0.25")
     assert done.exit_code == 0, done.output
