@@ -43,8 +43,11 @@ class Context:
         task = torch._C._current_graph_task_id()
         if self.task == task:
             return False
-        kinds = {_kind(p) for layer in layers for p in layer.parameters if p.requires_grad}
-        self.task, self.kind = task, next((kind for kind in (LEFT, RETURNED) if kind in kinds), "")
+        self.task, self.kind = task, ""
+        for kind in (_kind(p) for layer in layers for p in layer.parameters if p.requires_grad):
+            self.kind = kind or self.kind
+            if kind == LEFT:  # the first parameter's, as a rule
+                break
         return True
 
     def close(self, epoch: int, differentiable: bool) -> None:
