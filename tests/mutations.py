@@ -205,6 +205,48 @@ MUTATIONS = (
         'group["momentum"], gate), lr * lr * gate)',
         "tests/optimizer/test_contract.py",
     ),
+    Mutation(
+        "N of several backward passes",
+        "grng/curvature/passes.py",
+        "normaliser = torch.where(weight > 0, predictions / weight, other.normaliser)",
+        "normaliser = other.normaliser",
+        "tests/optimizer/test_walks.py",
+    ),
+    Mutation(
+        "gradients that were dropped",
+        "grng/curvature/capture.py",
+        "if self._counted not in (None, task) and not",
+        "if False and not",
+        "tests/optimizer/test_visits.py",
+    ),
+    Mutation(
+        "a verdict on zero",
+        "grng/curvature/check.py",
+        "return None  # nothing equals nothing, as behind a last layer that begins at zero",
+        "pass",
+        "tests/curvature/test_self_check.py",
+    ),
+    Mutation(
+        "autocast's cache",
+        "grng/regularizers/displacement.py",
+        "torch.clear_autocast_cache()  # an autocast around the passes keeps casts of the weights",
+        "pass",
+        "tests/regularizers/test_care.py",
+    ),
+    Mutation(
+        "a target's digits",
+        "benchmarks/statistics.py",
+        'rounded = float(f"{value:.{DIGITS}g}")',
+        "rounded = value",
+        "tests/benchmarks/test_statistics.py",
+    ),
+    Mutation(
+        "a regularized row's space",
+        "benchmarks/bench/roster.py",
+        "for known in (optimizer_of(name), base_of(name)):",
+        "for known in (optimizer_of(name),):",
+        "tests/benchmarks/test_bench_roster.py",
+    ),
 )
 
 
