@@ -175,7 +175,7 @@ def test_a_layer_that_is_no_longer_measured_is_named(how: str, variant: str) -> 
         train(4)
 
 
-def test_an_expert_that_rests_is_not_named() -> None:
+def test_an_expert_that_rests_is_not_named(recwarn: pytest.WarningsRecorder) -> None:
     """Without a gradient, or with one of zeros."""
     model, (x, y) = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)]).double(), batch()
     model.forward = lambda x, i: model[i](x)  # type: ignore[method-assign]
@@ -184,6 +184,7 @@ def test_an_expert_that_rests_is_not_named() -> None:
         model.zero_grad(set_to_none=False)
         cross_entropy(model(x, 0 if t > 3 else t % 2), y).backward()
         optimizer.step()
+    assert not recwarn.list
 
 
 def test_gradients_that_are_put_back_are_told() -> None:
