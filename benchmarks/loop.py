@@ -165,11 +165,20 @@ def fit(
     return trace
 
 
-def epoch_batches(samples: int, batch: int, seed: int, epoch: int) -> Tensor:
+Order = Callable[[int, int, int], Tensor]  # of so many samples, by the seed and the epoch: a permutation
+
+
+def generator_of(seed: int, epoch: int) -> torch.Generator:
+    return torch.Generator().manual_seed(1_000_003 * seed + epoch)
+
+
+def shuffled(samples: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(samples, generator=generator_of(seed, epoch))
+
+
+def epoch_batches(samples: int, batch: int, seed: int, epoch: int, order: Order = shuffled) -> Tensor:
     """Indices of the epoch's batches, one row each; the few samples of an incomplete batch wait for another epoch."""
-    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-    order = torch.randperm(samples, generator=generator)
-    return order[: samples // batch * batch].view(-1, batch)
+    return order(samples, seed, epoch)[: samples // batch * batch].view(-1, batch)
 
 
 def make_schedule(name: str, optimizer: Optimizer, steps: int, rising: int = 0) -> LRScheduler | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..calibration import Scores, calibration
 from ..errors import InputError
-from ..loop import epoch_batches
+from ..loop import Order, epoch_batches, shuffled
 
 Split = Literal["validation", "test"]
 EVALUATION_BATCH = 2048
@@ -108,7 +108,7 @@ class Supervised(Task):
         measure: metrics, other than the loss, of outputs and targets: means over samples.
         batch_size: samples a step; the few of an incomplete batch wait for another epoch.
         prepare: applied to the inputs of a training batch, as augmentation is.
-        reshuffle: whether every epoch has batches of its own.
+        order: of the samples in an epoch.
     """
 
     splits: dict[str, tuple[Tensor, Tensor]]
@@ -119,7 +119,7 @@ class Supervised(Task):
     prepare: Callable[[Tensor], Tensor] | None = None
     fingerprint: str = ""
     finish: Callable[[dict[str, float]], dict[str, float]] = field(default=lambda found: found)
-    reshuffle: bool = True
+    order: Order = field(default=shuffled)
 
     evaluation_batch: ClassVar[int] = EVALUATION_BATCH
 
@@ -128,7 +128,7 @@ class Supervised(Task):
 
     def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         x, y = self.splits["train"]
-        for chosen in index_batches(len(x), self.batch_size, seed, x.device, self.reshuffle):
+        for chosen in index_batches(len(x), self.batch_size, seed, x.device, self.order):
             inputs = x[chosen]
             yield inputs if self.prepare is None else self.prepare(inputs), y[chosen]
 
@@ -167,14 +167,13 @@ class Supervised(Task):
 
 
 def index_batches(
-    samples: int, batch: int, seed: int, device: torch.device, reshuffle: bool = True
+    samples: int, batch: int, seed: int, device: torch.device, order: Order = shuffled
 ) -> Iterator[Tensor]:
-    """Indices of batches, epoch after epoch without end, by a generator of their own; those of the first epoch again
-    and again without `reshuffle`."""
+    """Indices of batches, epoch after epoch without end, by a generator of their own."""
     if samples < batch:
         raise InputError(f"a batch of {batch} samples out of {samples}: give more data")
     for epoch in count():
-        yield from epoch_batches(samples, batch, seed, epoch if reshuffle else 0).to(device)
+        yield from epoch_batches(samples, batch, seed, epoch, order).to(device)
 
 
 def classification(output: Tensor, targets: Tensor) -> dict[str, Tensor]:

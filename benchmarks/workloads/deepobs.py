@@ -3,11 +3,12 @@
 Nets, initialisation, preprocessing, augmentation, the penalty, batches of 128 and 100 epochs at a constant learning
 rate are those of the authors' TensorFlow code (github.com/fsschneider/DeepOBS), from which the published curves come.
 As in their protocol the training set is used whole, and the published test set serves as "validation" and as "test":
-settings chosen by it are chosen as theirs were. Every epoch has the batches of the first one: theirs did, since under a
-graph's seed TensorFlow repeats a shuffle whenever its iterator is initialised anew (github.com/tensorflow/tensorflow,
-issue 13446), and the curves show it: with other batches every time, SGD fits fmnist_2c2d sooner and overfits less.
-What differs: that epoch is shuffled as a whole, not through a buffer of 20,000 samples; all 10,000 test images are
-scored, not the 9,984 of complete batches; and CIFAR-10 may come as JPEGs.
+settings chosen by it are chosen as theirs were. A training set streams through a buffer of 20,000 samples, which is
+drawn from in the same way in every epoch: under a graph's seed TensorFlow repeats a shuffle whenever its iterator is
+initialised anew (github.com/tensorflow/tensorflow, issue 13446). So fmnist_2c2d has the same batches in every epoch,
+and the curves show it: with others every time, SGD fits sooner and overfits less. CIFAR-10's five files are read in
+another order every time, so that its batches change.
+What differs: all 10,000 test images are scored, not the 9,984 of complete batches; and CIFAR-10 may come as JPEGs.
 """
 
 import csv
@@ -15,6 +16,7 @@ import lzma
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from torch.nn import functional as F
 
 from ..data import inputs_of, read
 from ..errors import InputError
+from ..loop import generator_of
 from ..records import fingerprint_of
 from .augmentation import mirrored, shifted
 from .base import Split, Supervised, Workload, classification, folder_of
@@ -31,6 +34,7 @@ from .cifar_files import read_images, source_of
 
 BATCH, EPOCHS = 128, 100
 TARGETS = {"fmnist_2c2d": 0.9198, "cifar10_3c3d": 0.8283}  # test accuracy
+BUFFER, FILES = 20_000, 5  # samples that wait to be drawn; files of CIFAR-10
 PENALTY = 0.002  # of cifar10_3c3d; fmnist_2c2d has none
 NAMES = {"GradientDescent": "SGD", "Momentum": "momentum", "Adam": "Adam"}
 
@@ -123,13 +127,40 @@ def saturated(x: Tensor, factor: Tensor) -> Tensor:
     return value - (value - x) * torch.minimum(factor, full)
 
 
+@lru_cache(maxsize=2)
+def drawn(samples: int, seed: int, size: int = BUFFER) -> Tensor:
+    """The order in which a stream leaves a buffer: one of its samples is drawn, and the next of the stream takes the
+    place, until there is none and the buffer empties."""
+    buffer, order = list(range(min(size, samples))), []
+    draws = torch.rand(samples, generator=generator_of(seed, 0), dtype=torch.float64).tolist()
+    for following, draw in enumerate(draws, start=size):
+        place = int(draw * len(buffer))
+        order.append(buffer[place])
+        buffer[place] = following if following < samples else buffer[-1]
+        if following >= samples:
+            buffer.pop()
+    return torch.tensor(order)
+
+
+def repeated(samples: int, seed: int, epoch: int) -> Tensor:
+    """The same order in every epoch."""
+    return drawn(samples, seed)
+
+
+def by_files(samples: int, seed: int, epoch: int) -> Tensor:
+    """The files in an order of the epoch's own, and what streams out of them drawn in the same way in every epoch."""
+    files = torch.arange(samples).tensor_split(FILES)
+    order = torch.randperm(FILES, generator=generator_of(seed, epoch)).tolist()
+    return torch.cat([files[n] for n in order])[drawn(samples, seed)]
+
+
 def load_fmnist(root: Path | None, device: torch.device) -> Penalised:
     arrays = read(str(folder_of(root, "fashion_mnist", "deepobs-fmnist-2c2d")))[1]
     x, x_test = (inputs_of(arrays[key]).to(device) for key in ("x_train", "x_test"))
     y, y_test = (torch.tensor(arrays[key], dtype=torch.int64, device=device) for key in ("y_train", "y_test"))
     splits = {"train": (x, y), "validation": (x_test, y_test), "test": (x_test, y_test)}
     found = fingerprint_of(x, y, x_test, y_test)
-    return Penalised(splits, net_2c2d, F.cross_entropy, classification, BATCH, fingerprint=found, reshuffle=False)
+    return Penalised(splits, net_2c2d, F.cross_entropy, classification, BATCH, fingerprint=found, order=repeated)
 
 
 def load_cifar10(root: Path | None, device: torch.device) -> Penalised:
@@ -146,7 +177,7 @@ def load_cifar10(root: Path | None, device: torch.device) -> Penalised:
         augment,
         f"{source_of(folder)}-{fingerprint_of(x, y, x_test, y_test)}",
         factor=PENALTY,
-        reshuffle=False,
+        order=by_files,
     )
 
 

@@ -123,13 +123,13 @@ def test_one_step_has_a_split_too():
 def test_evaluation_and_listening_are_off_the_clock():
     class Slow(Small):
         def evaluate(self, model, split):
-            time.sleep(0.3)
+            time.sleep(1.0)
             return super().evaluate(model, split)
 
-    outcome = run(ADAMW, small_task(Slow), lambda outcome: time.sleep(0.3))
+    outcome = run(ADAMW, small_task(Slow), lambda outcome: time.sleep(1.0))
     assert len(outcome.rows) == 2
-    assert outcome.seconds < 0.3
-    assert outcome.step_seconds["p99"] < 0.3
+    assert outcome.seconds < 1.0
+    assert outcome.step_seconds["p99"] < 1.0
 
 
 class Raising(Small):

@@ -165,15 +165,42 @@ def test_the_same_seed_makes_the_same_batches(root, load):
     assert not torch.equal(batches(1)[0], batches(2)[0])
 
 
-@pytest.mark.parametrize("load", [deepobs.load_fmnist, deepobs.load_cifar10])
-def test_every_epoch_has_the_same_batches(root, load):
-    """200 samples are one batch of 128 an epoch: its labels, as CIFAR's images are changed each time."""
+@pytest.mark.parametrize(("load", "same"), [(deepobs.load_fmnist, True), (deepobs.load_cifar10, False)])
+def test_batches_of_the_epochs(root, load, same):
+    """200 samples are one batch of 128 an epoch, told by the labels, as CIFAR's images are changed each time."""
     task = load(root, CPU)
+    task.splits["train"] = (task.splits["train"][0], torch.arange(200))
     first, second, third = (batch[1] for batch in islice(task.batches(0), 3))
-    assert torch.equal(first, second)
-    assert torch.equal(first, third)
-    task.reshuffle = True
-    assert not torch.equal(*(batch[1] for batch in islice(task.batches(0), 2)))
+    assert torch.equal(first, second) == same
+    assert torch.equal(first, third) == same
+
+
+@pytest.mark.parametrize("samples", [5, 40, 999, 1000])
+@pytest.mark.parametrize("order", [deepobs.repeated, deepobs.by_files])
+def test_an_order_is_a_permutation(order, samples):
+    assert order(samples, 3, 1).sort().values.tolist() == list(range(samples))
+    assert torch.equal(order(samples, 3, 1), order(samples, 3, 1))
+    assert not torch.equal(order(1000, 3, 1), order(1000, 4, 1))
+
+
+def test_a_sample_is_drawn_from_the_buffer():
+    """The n-th drawn is one of the first n + size of the stream, any of those that are left alike."""
+    order = deepobs.drawn(1000, 0, size=100)
+    assert (order - torch.arange(1000)).max() == 99
+    late = order.argsort() - torch.arange(1000)  # it enters 99 draws early and waits for a hundred in the mean
+    assert late[100:800].float().mean().item() == pytest.approx(0, abs=12)
+    whole = torch.stack([deepobs.drawn(4, seed, size=4) for seed in range(4000)])
+    counts = torch.unique(whole, dim=0, return_counts=True)[1]
+    assert counts.tolist() == pytest.approx([4000 / 24] * 24, abs=5 * (4000 / 24) ** 0.5)
+
+
+def test_files_stay_together():
+    """Of an order by files: each sample has the place that its like in another file has in another epoch."""
+    first, second = (deepobs.by_files(100, 0, epoch) for epoch in (0, 1))
+    assert not torch.equal(first, second)
+    assert torch.equal(first % 20, second % 20)
+    pairs = {(a, b) for a, b in zip((first // 20).tolist(), (second // 20).tolist(), strict=True)}
+    assert len(pairs) == 5
 
 
 @pytest.mark.filterwarnings("ignore")
