@@ -30,6 +30,7 @@ class Sophia(StrictOptimizer):
     """
 
     h = "hessian"
+    common: ClassVar[tuple[str, ...]] = ("interval",)  # settings of which there is one for all param groups
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -42,8 +43,6 @@ class Sophia(StrictOptimizer):
         for name in self.common:
             if group[name] != self._common(name):
                 raise invalid(name, group[name], f"the same in all param groups, {self._common(name)!r}")
-
-    common: ClassVar[tuple[str, ...]] = ("interval",)  # settings of which there is one for all param groups
 
     def _common(self, name: str) -> Any:
         return self.param_groups[0][name]
@@ -177,7 +176,7 @@ class SophiaG(Sophia):
         super().__init__(named_groups(model, params, names), defaults)
         self._sampled: dict[Tensor, Tensor] = {}
         layers = [plain_layer(names[p], model, p) for group in self.param_groups for p in group["params"]]
-        self._capture = Capture(model, layers, config, Hook(self, "_observe"), dropped=Hook(self, "_forget"))
+        self._capture = Capture(model, layers, config, Hook(self, "_observe"), dropped=Hook(self, "_discard"))
         self._finalizer = weakref.finalize(self, self._capture.close)
         self._capture.finish_step(self._due())
 
@@ -185,9 +184,8 @@ class SophiaG(Sophia):
         p, found = layer.owner, statistics.gradient().view_as(layer.owner)
         self._sampled[p] = self._sampled[p] + found if p in self._sampled else found
 
-    def _forget(self) -> None:
+    def _discard(self) -> None:
         self._sampled.clear()
-        self._capture.forget()
 
     def _due(self) -> bool:
         """Whether an estimate is taken at the coming step: the interval-th, twice interval-th ..."""
@@ -214,7 +212,7 @@ class SophiaG(Sophia):
         """As torch's; what was measured along with these gradients is dropped with them."""
         super().zero_grad(set_to_none)
         if self._capture.collecting:
-            self._forget()
+            self._capture.drop()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -315,6 +313,7 @@ class SophiaH(Sophia):
     """
 
     requires_closure = True
+    common = ("interval", "distribution", "seed")
 
     def __init__(
         self,
@@ -332,8 +331,6 @@ class SophiaH(Sophia):
         defaults = {"lr": lr, "betas": betas, "rho": rho, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"interval": interval, "distribution": distribution, "seed": seed}
         super().__init__(params, defaults)
-
-    common: ClassVar[tuple[str, ...]] = ("interval", "distribution", "seed")
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)

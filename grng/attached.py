@@ -78,7 +78,7 @@ class AttachedOptimizer(StrictOptimizer):
         preconditioner.setup(self._groups, curvature)
         # A weak sink: the finalizer keeps the capture, which must not keep this optimizer.
         self._capture = Capture(
-            model, self._layers, curvature, Hook(self, "_observe"), twice, dropped=Hook(self, "_forget")
+            model, self._layers, curvature, Hook(self, "_observe"), twice, dropped=Hook(self, "_discard")
         )
         self._finalizer = weakref.finalize(self, self._capture.close)
         self._model = weakref.ref(model)
@@ -135,11 +135,10 @@ class AttachedOptimizer(StrictOptimizer):
         if self._capture.batch is not None:
             self._preconditioner.share(processes)
 
-    def _forget(self) -> None:
-        """Drop what was measured for this step."""
+    def _discard(self) -> None:
+        """Let go of what was observed for this step."""
         self._current, self._fresh = set(), set()
         self._preconditioner.discard()
-        self._capture.forget()
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
@@ -162,7 +161,7 @@ class AttachedOptimizer(StrictOptimizer):
                 vars(part).update(attributes)
             vars(self).update(numbers)
             self._preconditioner.failures = failures
-            self._forget()
+            self._capture.drop()
             for layer in self._layers:
                 self._preconditioner.load_state(layer, self._preconditioner.state(layer))
             self._capture.finish_step(self._due())
@@ -208,7 +207,7 @@ class AttachedOptimizer(StrictOptimizer):
         super().zero_grad(set_to_none)
         self._front.zeroed()
         if self._capture.collecting:  # not in the second pass of a step
-            self._forget()
+            self._capture.drop()
 
     def paused(self) -> AbstractContextManager[None]:
         """A context in which forward and backward passes are not measured."""

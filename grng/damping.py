@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from grng.kernels import norms
 from grng.variants import Variant
 
 if TYPE_CHECKING:
@@ -160,5 +161,4 @@ def squared_norm(tensors: list[Tensor]) -> Tensor:
     >>> squared_norm([torch.ones(2), torch.tensor([2.0])]).item()
     6.0
     """
-    wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    return torch.stack(torch._foreach_norm(tensors, dtype=wide)).square().sum()
+    return norms(tensors).square().sum()

@@ -253,7 +253,7 @@ class GRNG(AttachedOptimizer):
             try:
                 loss, gradients = self._evaluate(closure)
             except BaseException:
-                self._forget()
+                self._capture.drop()
                 self._capture.finish_step(self._due())
                 raise
         before = {p: p.detach().clone() for p in gradients} if random else {}
@@ -275,7 +275,7 @@ class GRNG(AttachedOptimizer):
             return
         if fisher.blind:  # N is that of the loss without the scale
             if fisher.empirical or fisher.noise.estimated:
-                self._forget()
+                self._capture.drop()
                 self._capture.finish_step(self._due())
                 raise RuntimeError(
                     f"what the loss was multiplied by cannot be read off this loss ({fisher.reason}), and the size of "
@@ -332,7 +332,7 @@ class GRNG(AttachedOptimizer):
         square_norm = squared_norm(list(gradients.values()))
         ok = torch.isfinite(square_norm)
         if self._new_layers() and not bool(ok):  # a look at the value, while there are layers not measured yet:
-            self._forget()  # they count as measured from their first finite step on
+            self._capture.drop()  # they count as measured from their first finite step on
             return None, self._scalars["kl_scale"], square_norm, ok
         self._refresh(ok)
         self._damping.note(self._preconditioner, square_norm, ok, refreshed=bool(self._current))

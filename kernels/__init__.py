@@ -9,6 +9,7 @@ from grng.kernels.average import ema_
 from grng.kernels.columns import Columns, DenseColumns, IndexColumns, Part, by_group, pieces
 from grng.kernels.einsum import contract
 from grng.kernels.gram import gram, squared_gradients
+from grng.kernels.norms import norms
 from grng.kernels.precision import full_precision
 from grng.kernels.precondition import (
     factored_precondition,
@@ -53,6 +54,7 @@ __all__ = [
     "kron_spectrum",
     "leading",
     "newton_inverse",
+    "norms",
     "pi_split",
     "pieces",
     "propagate_fd",

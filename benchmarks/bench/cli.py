@@ -1,7 +1,7 @@
 """The commands `grng bench run|tune|targets|report|status`."""
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +12,7 @@ from ..errors import InputError
 from ..names import merge
 from .listener import default_listener
 from .protocol import DEFAULT_OPTIMIZERS, Job, workloads_of
+from .roster import own_name
 from .spaces import TARGETS_BY
 from .store import Store
 from .targets import Target, all_targets, read_targets, write_targets
@@ -68,7 +69,9 @@ def add_bench(app: "typer.Typer") -> None:
         optimizers = tuple(names(optimizer) or own["optimizers"] or DEFAULT_OPTIMIZERS)
         workloads = names(workload) or ([] if tier else own["workloads"] or [])
         tier = tier or (None if workloads else own["tier"] or "fast")
-        settings = merge(chosen_settings(own, optimizers), parse_settings(sets or (), known_as(optimizers)))
+        settings = merge(
+            chosen_settings(own, optimizers), parse_settings(sets or (), {*optimizers, *map(own_name, optimizers)})
+        )
         folder = data_root(data)
         options = {key: value for key, value in options.items() if value is not None}
         options["targets"] = all_targets(options.pop("targets", None) or found.pop("targets", None))
@@ -149,11 +152,11 @@ def add_bench(app: "typer.Typer") -> None:
         with refusals("targets"):
             options = {"device": device, "threads": threads, "budget": budget}
             made, _ = job(None, out, workload, list(TARGETS_BY), tier, data, None, **options)
-            found = made.set_targets(trials, seeds, default_listener(out, None))
+            with tables(made.store):
+                found = made.set_targets(trials, seeds, default_listener(out, None))
             path = freeze or out / "targets.json"
             kept = read_targets(path) if path.exists() else {}
             write_targets(path, {**found, **kept})
-            made.store.write_tables(made.store.outcomes())
             for name, target in found.items():
                 frozen = f", frozen before at {kept[name].value:g}" if name in kept else ""
                 typer.echo(f"{name}: {target.metric} {target.value:g} by {target.optimizer}{frozen}")
@@ -189,22 +192,6 @@ def add_bench(app: "typer.Typer") -> None:
 def names(lists: list[str] | None) -> list[str]:
     """The names in lists that separate them by commas."""
     return [name.strip() for part in lists or () for name in part.split(",") if name.strip()]
-
-
-def known_as(optimizers: Iterable[str]) -> list[str]:
-    """The names that settings may be given by: those on the command line, and those that own optimizers get there.
-
-    >>> known_as(["adamw", "mine.py", "torch.optim:RAdam"])
-    ['adamw', 'mine.py', 'mine', 'torch.optim:RAdam', 'radam']
-    """
-    found: list[str] = []
-    for name in optimizers:
-        found.append(name)
-        if name.endswith(".py"):
-            found.append(Path(name).stem.lower())
-        elif ":" in name:
-            found.append(name.rpartition(":")[2].lower())
-    return found
 
 
 def conclude(store: Store, outcomes: list[Outcome]) -> None:

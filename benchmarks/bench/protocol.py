@@ -119,12 +119,12 @@ class Job:
     def tune(self, studies: int = 3, trials: int = 5, listener: Listener | None = None) -> list[Outcome]:
         """Search: trial by trial, study by study, workload by workload, everybody in turn."""
         plan = [(s, n) for s in range(studies) for n in range(trials)]
-        if all(contestant.name in SETTERS for contestant in self.contestants):
+        searching = [contestant for contestant in self.contestants if contestant.name not in SETTERS]
+        if not searching:
             raise InputError(
                 f"{', '.join(self.optimizers)}: who set a target runs at the setting it did so with, and is not "
                 "searched; leave out /target"
             )
-        searching = [contestant for contestant in self.contestants if contestant.name not in SETTERS]
         return self._search(plan, searching, listener or Listener(), 1.0 if self.aim == "value" else None)
 
     def run(self, seeds: int = 10, diagnose: bool = True, listener: Listener | None = None) -> list[Outcome]:

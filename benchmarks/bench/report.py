@@ -4,20 +4,22 @@ import base64
 import io
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import pages
 from ..errors import InputError
 from ..records import write_atomically
-from .analysis import Analysis, analyse
+from .analysis import Analysis, analyse, searched
 from .figures import CLOCKS, draw_figures
 from .landing import Published, landing_figure, landing_section
 from .section import Section
 from .sections import sections
 from .store import Store
 from .targets import Target, read_targets
+from .trial import Outcome
 
 PAGE = "results.md"
 
@@ -51,16 +53,16 @@ def write_report(
     folder.mkdir(exist_ok=True)
     for name, content in drawn.items():
         (folder / f"{slug(name)}.png").write_bytes(content)
-    parts = sections(analysis, list(drawn))
+    parts, about = sections(analysis, list(drawn)), lead(analysis)
     if landing:
         parts.insert(0, landing)
     html = store.out / "report.html"
-    write_atomically(html, render(parts, drawn, lead(analysis)))
+    write_atomically(html, render(parts, drawn, about))
     written = [html, store.out / PAGE]
-    write_atomically(written[-1], markdown(parts, "figures", lead(analysis)))
+    write_atomically(written[-1], markdown(parts, "figures", about))
     if page is not None:
         page.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(page, markdown(parts, Path(os.path.relpath(folder, page.parent)).as_posix(), lead(analysis)))
+        write_atomically(page, markdown(parts, Path(os.path.relpath(folder, page.parent)).as_posix(), about))
         written.append(page)
     return written
 
@@ -71,29 +73,20 @@ def lead(analysis: Analysis) -> str:
     trials = [o for o in analysis.outcomes if o.trial["phase"] == "tune"]
     seeds = len({o.seed for o in runs})
     made_on: dict[str, set[str]] = {}
-    data: dict[str, set[str]] = {}
     for o in analysis.outcomes:
         made_on.setdefault(machine(o.environment), set()).add(o.workload)
-        data.setdefault(o.workload, set()).add(o.data)
     places = list(made_on) if len(made_on) == 1 else [f"{m} ({', '.join(sorted(w))})" for m, w in made_on.items()]
-    mixed = [w for w in data if sum(w in found for found in made_on.values()) > 1]
-    changed = [w for w, found in data.items() if len(found) > 1]
-    lengths = {
-        w: {(o.trial["budget"], o.trial["lr_warmup"]) for o in analysis.outcomes if o.workload == w} for w in data
-    }
-    budgets = {budget for found in lengths.values() for budget, _ in found}
-    uneven = [w for w, found in lengths.items() if len(found) > 1]
-    counts = {
-        w: {sum(o.workload == w and o.optimizer == name for o in trials) for name in {o.optimizer for o in trials}}
-        - {0}
-        for w in data
-    }
-    unequal = [w for w, found in counts.items() if len(found) > 1]
+    mixed = of_several(analysis.outcomes, lambda o: machine(o.environment))
+    changed = of_several(analysis.outcomes, lambda o: o.data)
+    uneven = of_several(analysis.outcomes, lambda o: (o.trial["budget"], o.trial["lr_warmup"]))
+    budgets = {o.trial["budget"] for o in analysis.outcomes}
+    trials_of = Counter((o.workload, o.optimizer) for o in searched(trials))
+    unequal = of_several(searched(trials), lambda o: trials_of[o.workload, o.optimizer])
     sources = {o.environment.get("source") for o in analysis.outcomes}
     return (
-        f"{len(data)} workloads, {len(analysis.optimizers)} optimizers: {len(trials)} trials of the "
-        f"search and {len(runs)} runs on up to {seeds} paired seeds. Time is measured in {CLOCKS[analysis.clock]}; "
-        f"{'; '.join(places)}."
+        f"{len({o.workload for o in analysis.outcomes})} workloads, {len(analysis.optimizers)} optimizers: "
+        f"{len(trials)} trials of the search and {len(runs)} runs on up to {seeds} paired seeds. "
+        f"Time is measured in {CLOCKS[analysis.clock]}; {'; '.join(places)}."
         + f" Runs are of {' or '.join(f'{b:g}' for b in sorted(budgets))} times the full length." * (budgets != {1.0})
         + f" Made at different lengths, so that they do not compare: {', '.join(uneven)}." * bool(uneven)
         + f" Searched by different numbers of trials: {', '.join(unequal)}." * bool(unequal)
@@ -102,6 +95,14 @@ def lead(analysis: Analysis) -> str:
         + f" Made with data that changed in between: {', '.join(changed)}." * bool(changed)
         + f" Made by {len(sources)} states of the code of optimizers and workloads." * (len(sources) > 1)
     )
+
+
+def of_several(outcomes: Iterable[Outcome], kind: Callable[[Outcome], Any]) -> list[str]:
+    """The workloads whose outcomes are of several kinds."""
+    kinds: dict[str, set[Any]] = {}
+    for o in outcomes:
+        kinds.setdefault(o.workload, set()).add(kind(o))
+    return [workload for workload, found in kinds.items() if len(found) > 1]
 
 
 def machine(about: Mapping[str, Any]) -> str:

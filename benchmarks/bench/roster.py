@@ -36,19 +36,29 @@ def contestant_of(name: str) -> Contestant:
     Raises:
         InputError: nothing of that name can be found or built.
     """
-    for contestant in ROSTER:
-        if contestant.name == name:
-            return contestant
+    rows = {contestant.name: contestant for contestant in ROSTER}
+    if name in rows:
+        return rows[name]
     if name.endswith(".py"):
         return from_file(Path(name).expanduser())
     if ":" in name:
         return from_module(name)
     check_name(name)
-    rows = {contestant.name: contestant for contestant in ROSTER}
     for known in (optimizer_of(name), base_of(name)):  # regularized as the row without, but for a row of its own
         if known in rows:
             return replace(rows[known], name=name)
     return Contestant(name, SPACES.get(base_of(name), PLAIN))
+
+
+def own_name(name: str) -> str:
+    """The name that an optimizer of the user's own gets, of what it is given by; other names stay.
+
+    >>> own_name("src/Mine.py"), own_name("torch.optim:RAdam"), own_name("adamw+gnp")
+    ('mine', 'radam', 'adamw+gnp')
+    """
+    if name.endswith(".py"):
+        return Path(name).stem.lower()
+    return name.partition(":")[2].lower() if ":" in name else name
 
 
 def from_module(name: str) -> Contestant:
@@ -62,8 +72,8 @@ def from_module(name: str) -> Contestant:
         raise InputError(f"{name!r} is {found!r}, no optimizer: give MODULE:CLASS, as in torch.optim:RAdam")
     taken = parameters_of(found)
     space = tuple(d for d in PLAIN if d is HORIZON or taken is None or d.name in taken)
-    known = OPTIMIZERS.get(what.lower())
-    return registered(f"{where}.{what}" if known and known.own else what, found, space)
+    known = OPTIMIZERS.get(own_name(name))
+    return registered(f"{where}.{what}".lower() if known and known.own else own_name(name), found, space)
 
 
 def parameters_of(build: Any) -> set[str] | None:
@@ -93,7 +103,7 @@ def from_file(path: Path) -> Contestant:
         raise InputError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
     if not callable(getattr(module, "build", None)):
         raise InputError(f"{path} defines no function `build`: it is called with the parameters or with the model")
-    return registered(path.stem, module.build, space_of(module, path))
+    return registered(own_name(path.name), module.build, space_of(module, path))
 
 
 def space_of(module: ModuleType, path: Path) -> tuple[Dimension, ...]:
@@ -126,7 +136,7 @@ def is_setting(name: str) -> bool:
 
 def registered(name: str, build: Any, space: tuple[Dimension, ...]) -> Contestant:
     try:
-        register_optimizer(name.lower(), build, "given by the user")
+        register_optimizer(name, build, "given by the user")
     except ValueError as error:
         raise InputError(str(error)) from error
-    return Contestant(name.lower(), space)
+    return Contestant(name, space)

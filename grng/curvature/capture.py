@@ -46,7 +46,7 @@ class Capture:
         config: the settings.
         sink: called for every use of every layer, inside the backward pass.
         twice: whether a step takes a second pass.
-        dropped: called where the gradients are found gone that what was measured belongs to.
+        dropped: called by :meth:`drop`, to let go of what the sink has kept.
     """
 
     def __init__(
@@ -332,7 +332,7 @@ class Capture:
         """A graph that a backward pass went through before: it is measured once, unless that is forgotten, or was a
         look at gradients before the step's own."""
         if context.looked and context.kind == LEFT and self._counted is None:
-            self._drop()
+            self.drop()
         if context.epoch != self._epoch:
             context.reopen()
 
@@ -342,7 +342,8 @@ class Capture:
     def _gradients_are_there(self) -> bool:
         return any(p.grad is not None for p in self._owners())
 
-    def _drop(self) -> None:
+    def drop(self) -> None:
+        """What was measured for this step is not to count: the gradients that it belongs to are gone."""
         self._dropped()
         self.forget()
 
@@ -350,7 +351,7 @@ class Capture:
         """Where somebody has dropped the gradients of this step, as model.zero_grad() does, what was measured along
         with them goes too."""
         if self._counted not in (None, task) and not self._gradients_are_there():
-            self._drop()
+            self.drop()
             self._stale = True
 
     def _warn_put_back(self) -> None:

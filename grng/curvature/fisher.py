@@ -60,19 +60,16 @@ class FisherReader:
         if not 0 < size < float("inf"):
             return False
         name = self.config.likelihood
-        found = None
-        if name == "auto" and f.ndim and intact:
-            found = detect(f, gradient)
-            if found is None:
-                return False  # the next output tells more
-        self.decided = True
         if f.ndim == 0:
             self.likelihood = Unread()
             self.fall_back("the model returns a scalar: its outputs are not seen", self.config.likelihood != "auto")
         elif not intact:
             self.likelihood = Unread()
             self.fall_back(MODIFIED)
-        elif found is not None:
+        elif name == "auto":
+            found = detect(f, gradient)
+            if found is None:
+                return False  # the next output tells more
             self.likelihood, self.reason = found
             if isinstance(self.likelihood, Unread):
                 self.fall_back(self.reason)
@@ -84,6 +81,7 @@ class FisherReader:
                     f"the output gradient does not fit the declared likelihood {name!r} with hard labels "
                     f"(relative misfit {misfit:.2g})"
                 )
+        self.decided = True
         self._check_loss_scale(f, gradient)
         return True
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from grng.errors import invalid, unknown
+from grng.kernels import norms
 from grng.regularizers.schedule import Schedule
 
 RULES = ("norm", "bias", "embedding", "vector")
@@ -264,8 +265,7 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
     """
     if not tensors:
         return torch.zeros(())
-    wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32  # float16 would overflow
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, dtype=wide)))
+    return torch.linalg.vector_norm(norms(tensors))
 
 
 @dataclass

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from grng.regularizers.base import Parameters, Transform, at_least_float32, global_norm
+from grng.regularizers.base import Parameters, Transform, global_norm
 from grng.regularizers.schedule import check_number
 
 
@@ -34,5 +34,5 @@ class ClipNorm(Transform):
         check_number("max_norm", self.max_norm, strict=True)
 
     def transform(self, parameters: Parameters, gradients: list[Tensor], t: int) -> list[Tensor]:
-        factor = (self.max_norm / (global_norm(at_least_float32(gradients)) + 1e-6)).clamp(max=1.0)
+        factor = (self.max_norm / (global_norm(gradients) + 1e-6)).clamp(max=1.0)
         return [g * factor.to(g.dtype) for g in gradients]

@@ -188,8 +188,7 @@ class ProductPass(FirstPass):
         if self.processes is None:
             return tensors
         pairs = zip(self.parameters, tensors, strict=True)
-        found = [torch.zeros_like(p) if t is None and p.requires_grad else t for p, t in pairs]
-        found = [None if t is None else t.clone() for t in found]
+        found = [(torch.zeros_like(p) if t is None else t.clone()) if p.requires_grad else None for p, t in pairs]
         self.processes.average_([t for t in found if t is not None])
         return found
 
