@@ -73,6 +73,7 @@ class AttachedOptimizer(StrictOptimizer):
         )
         self._groups = make_groups(self._layers, curvature)
         self._matrices = Matrices(self._layers, self._groups)
+        self._paired = [] if preconditioner.elementwise else [x for x in self._layers if len(x.parameters) > 1]
         self._shares: Tensor | None = None  # of every matrix in the largest curvature, until the next refresh
         preconditioner.attach(self)
         preconditioner.setup(self._groups, curvature)
@@ -189,8 +190,18 @@ class AttachedOptimizer(StrictOptimizer):
         super()._check_group(group)
         check_hyperparameters(momentum=group["momentum"], fallback_lr=group["fallback_lr"])
 
-    def _warn_unfrozen(self) -> None:
-        """Say once what is trainable by now and not trained."""
+    def _warn_of_freezing(self) -> None:
+        """Say once what is trainable by now and not trained, and what was frozen without its partner."""
+        halves = [layer for layer in self._paired if len({p.requires_grad for p in layer.parameters}) > 1]
+        if halves:
+            self._paired = [layer for layer in self._paired if layer not in halves]
+            warnings.warn(
+                f"GRNG takes weight and bias of {', '.join(layer.name for layer in halves)} for one matrix, of which "
+                "one was frozen since: the other moves as if both did, a direction of descent but not its own natural "
+                "gradient. close() the optimizer and build it anew to have that",
+                GRNGWarning,
+                stacklevel=5,
+            )
         found = [p for p in self._frozen if p.requires_grad]
         if found:
             self._frozen = [p for p in self._frozen if not p.requires_grad]

@@ -326,7 +326,7 @@ class GRNG(AttachedOptimizer):
         if not gradients:
             raise RuntimeError("step() found no gradient: call loss.backward() first, on a loss made by this model")
         if self._capture.collecting:
-            self._warn_unfrozen()
+            self._warn_of_freezing()
         self._capture.verify()
         self._share()
         square_norm = squared_norm(list(gradients.values()))

@@ -171,6 +171,7 @@ class Preconditioner(ABC):
     name = "custom"
     weighs_sums = False  # whether the gradient of the summed loss enters, as N times that of the loss
     takes_others = False  # whether parameters outside of layers are observed too, as layers that are `plain`
+    elementwise = False  # whether an element's direction depends on no other element's gradient or curvature
     every_step = False  # whether statistics are needed at every step, whatever `stats_every` says
 
     _owner: Callable[[], Any] = staticmethod(lambda: None)  # a weak reference

@@ -16,6 +16,8 @@ class Diagonal(Preconditioner):
     The square is that of each sample's gradient, not of their mean. `lam` is the damping of the optimizer.
     """
 
+    elementwise = True
+
     def allocate(self) -> None:
         self.fisher = self.moment("fisher", lambda group: (group.n_out, group.n_in))
 

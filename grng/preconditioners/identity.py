@@ -16,6 +16,8 @@ class Identity(Preconditioner):
     [[[[-1.0, -1.0]]]]
     """
 
+    elementwise = True
+
     def observe(self, layer: Layer, statistics: Statistics) -> None:
         pass
 

@@ -117,6 +117,19 @@ def test_frozen_and_unfrozen_again(method: Method, engine: Any) -> None:
         }
 
 
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+@methods()
+def test_one_half_frozen_is_said_once(method: Method, frozen: str) -> None:
+    """Curvature holds weight and bias together; that of one alone is another, but for element-wise methods."""
+    model = mixed()
+    with method(model) as optimizer:
+        assert not found(optimizer, model, stream(2))
+        model[0].get_parameter(frozen).requires_grad_(False)
+        said = found(optimizer, model, stream(3))
+        assert len(said) == (0 if method.name in ("ring-diagonal", "ring-identity") else 1)
+        assert all(line.startswith("GRNG takes weight and bias of 0 for one matrix") for line in said)
+
+
 def test_no_cost_where_nothing_is_frozen() -> None:
     """What is looked at in a step is what was frozen when the optimizer was built."""
     with METHODS["ring"](mixed()) as optimizer:
