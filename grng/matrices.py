@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from grng.curvature import Layer
+from grng.kernels import norms
 from grng.preconditioners import Group
 
 SMALLEST_SHARE = 1e-12  # of the largest curvature, that a layer's own counts as
@@ -46,8 +47,8 @@ class Matrices:
 
         ||W_l|| counts as 0.1 sqrt(n_out) at least, the norm of small random weights, so that what starts at zero moves.
         """
-        norms = torch.stack(torch._foreach_norm(self._parameters)).to(self._least)
-        sizes = torch.maximum(self._sums(norms.square(), self._layer_of_parameter).sqrt(), self._least)
+        squares_of_weights = norms(self._parameters).to(self._least).square()
+        sizes = torch.maximum(self._sums(squares_of_weights, self._layer_of_parameter).sqrt(), self._least)
         lengths = self._sums(squares.to(self._least), self._layer).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
         return (eta * sizes / lengths).clamp(max=1)[self._layer]
 

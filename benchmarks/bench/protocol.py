@@ -265,7 +265,7 @@ class Job:
                     if trial not in missing and (outcome := found[trial.key]) is not None:
                         there.append(outcome)
                         told(trial, outcome)  # unless it was, before the job was killed
-                outdated = sum(o.environment.get("source") != source_hash() for o in there)
+                outdated = sum(not self._code(o.optimizer).items() <= o.environment.items() for o in there)
                 replaced = sum(self.store.holds_another(trial) for trial in missing)
                 listener.begin(len(plan), len(there), outdated, replaced)
                 for name in {trial.workload for trial in missing} - tasks.keys():
@@ -287,7 +287,7 @@ class Job:
                         workload,
                         tasks[trial.workload],
                         self.resolved,
-                        about,
+                        about | self._code(trial.optimizer),
                         evaluated if steps > WRITTEN_FROM else lambda outcome: None,
                         self.store.checkpoint(trial),
                     )
@@ -298,6 +298,11 @@ class Job:
                 return [made for trial in plan if (made := found[trial.key]) is not None]
 
             yield make
+
+    def _code(self, optimizer: str) -> dict[str, str]:
+        """What of the environment tells the code that its runs are made by."""
+        own = next((c.code for c in self.contestants if c.name == optimizer), "")
+        return {"source": source_hash()} | ({"own_source": own} if own else {})
 
     def _check_buildable(self, task: Task, plan: Sequence[Trial]) -> None:
         """Build every optimizer once, so that a wrong setting is known before hours of runs."""

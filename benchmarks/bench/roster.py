@@ -23,6 +23,7 @@ from grng.baselines import OPTIMIZERS, register_optimizer
 
 from ..errors import InputError
 from ..names import base_of, check_name, is_key, optimizer_of
+from ..records import hash_of
 from .search import DIMENSIONS
 from .spaces import HORIZON, PLAIN, ROSTER, SPACES, Contestant, Dimension
 
@@ -73,7 +74,9 @@ def from_module(name: str) -> Contestant:
     taken = parameters_of(found)
     space = tuple(d for d in PLAIN if d is HORIZON or taken is None or d.name in taken)
     known = OPTIMIZERS.get(own_name(name))
-    return registered(f"{where}.{what}".lower() if known and known.own else own_name(name), found, space)
+    return registered(
+        f"{where}.{what}".lower() if known and known.own else own_name(name), found, space, file_of(found)
+    )
 
 
 def parameters_of(build: Any) -> set[str] | None:
@@ -103,7 +106,7 @@ def from_file(path: Path) -> Contestant:
         raise InputError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
     if not callable(getattr(module, "build", None)):
         raise InputError(f"{path} defines no function `build`: it is called with the parameters or with the model")
-    return registered(own_name(path.name), module.build, space_of(module, path))
+    return registered(own_name(path.name), module.build, space_of(module, path), path)
 
 
 def space_of(module: ModuleType, path: Path) -> tuple[Dimension, ...]:
@@ -134,9 +137,18 @@ def is_setting(name: str) -> bool:
     return is_key(name.removeprefix("1-"))
 
 
-def registered(name: str, build: Any, space: tuple[Dimension, ...]) -> Contestant:
+def file_of(found: Any) -> Path | None:
+    """Where it is defined, as far as that is known."""
+    try:
+        file = Path(inspect.getfile(found))
+    except TypeError:
+        return None
+    return file if file.is_file() else None
+
+
+def registered(name: str, build: Any, space: tuple[Dimension, ...], file: Path | None) -> Contestant:
     try:
         register_optimizer(name, build, "given by the user")
     except ValueError as error:
         raise InputError(str(error)) from error
-    return Contestant(name, space)
+    return Contestant(name, space, code=hash_of(file.read_bytes().hex()) if file else "")

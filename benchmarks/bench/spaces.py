@@ -52,11 +52,13 @@ class Contestant:
         name: as in `grng compare`, OPTIMIZER[+REGULARIZER...][/LABEL].
         space: its dimensions.
         fixed: settings that stay.
+        code: of an optimizer of the user's own, a hash of the file that it stands in.
     """
 
     name: str
     space: tuple[Dimension, ...]
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    code: str = ""
 
     def settings(self, point: Mapping[str, float]) -> tuple[dict[str, Any], float]:
         """Settings and horizon at a point, given by the names of the dimensions.
