@@ -31,6 +31,27 @@ class Mutation(NamedTuple):
 
 MUTATIONS = (
     Mutation(
+        "a buffer that is drawn from",
+        "benchmarks/workloads/deepobs.py",
+        "place = int(draw * len(buffer))",
+        "place = 0",
+        "tests/benchmarks/test_deepobs_ddpm.py -k drawn",
+    ),
+    Mutation(
+        "files in another order",
+        "benchmarks/workloads/deepobs.py",
+        "torch.randperm(FILES, generator=generator_of(seed, epoch))",
+        "torch.randperm(FILES, generator=generator_of(seed, 0))",
+        "tests/benchmarks/test_deepobs_ddpm.py -k epochs",
+    ),
+    Mutation(
+        "a half that is frozen",
+        "grng/attached.py",
+        "len({p.requires_grad for p in layer.parameters}) > 1",
+        "not layer.weight.requires_grad",
+        "tests/optimizer/test_unfrozen.py -k half",
+    ),
+    Mutation(
         "calls of one layer joined",
         "grng/curvature/delivery.py",
         "if len(parts) > 1 and alike",
@@ -40,15 +61,15 @@ MUTATIONS = (
     Mutation(
         "passes that train nothing",
         "grng/curvature/passes.py",
-        "return self._trains\n",
-        "return True\n",
+        "if torch._C._will_engine_execute_node(get_gradient_edge(p).node) else",
+        "if True else",
         "tests/optimizer/test_visits.py -k attacks",
     ),
     Mutation(
         "appointments",
         "grng/curvature/visits.py",
-        "t + (1 if before == NEVER else t - before)",
-        "t + 1",
+        "max(wait, 1 if before == NEVER else t - before)",
+        "1",
         "tests/optimizer/test_visits.py -k turns",
     ),
     Mutation(
