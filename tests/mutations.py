@@ -235,7 +235,7 @@ MUTATIONS = (
     ),
     Mutation(
         "gradients that were dropped",
-        "grng/curvature/capture.py",
+        "grng/curvature/ties.py",
         "if self._counted not in (None, task) and not",
         "if False and not",
         "tests/optimizer/test_visits.py",

@@ -24,8 +24,9 @@ from grng.curvature.fisher import FisherReader
 from grng.curvature.layers import STATUS, Layer
 from grng.curvature.likelihood import Reading
 from grng.curvature.order import ORDERS, RowOrder
-from grng.curvature.passes import LEFT, Batch, Context, Pass, find_output
+from grng.curvature.passes import Batch, Context, Pass, find_output
 from grng.curvature.statistics import Statistics
+from grng.curvature.ties import Ties
 from grng.distributed import Processes, together
 from grng.errors import GRNGWarning
 from grng.kernels import full_precision
@@ -34,7 +35,6 @@ REENTRANT = (
     "labels are drawn by a nested pass, and none goes through activation checkpointing with use_reentrant=True; "
     "use_reentrant=False lets it through"
 )
-OUTSIDE = -1  # in place of the number of a backward pass: passes() has put gradients there
 
 
 class Capture:
@@ -65,10 +65,7 @@ class Capture:
         self.batch: Batch | None = None
         self.fisher = FisherReader(config)
         self._busy = False
-        self._epoch = 0  # counts how often what was measured was forgotten
-        self._counted: int | None = None  # the last backward pass that was measured and left its gradients in p.grad
-        self._stale = False  # what was measured in this step was dropped, as its gradients were gone
-        self._left: tuple[nn.Parameter, Tensor] | None = None  # one of the gradients that were left since
+        self._ties = Ties(layers, Hook(self, "drop"))
         self._probed: tuple[Pass, Tensor] | None = None  # the last forward pass, where only that is wanted
         self._probing = False
         self._unreadable = False  # the step's output gradient is zero or not finite: there is nothing to check against
@@ -141,7 +138,7 @@ class Capture:
 
     def _at_output(self, current: Pass, f: Tensor, number: int, version: int, gradient: Tensor) -> Tensor | None:
         """Measure, and hand on the gradient that the likelihood's noise makes of it."""
-        if self._busy or not self.collecting or not self._measures(current.context):
+        if self._busy or not self.collecting or not self._ties.measures(current.context):
             return None
         self._output_gradient(current, f, number, version, gradient)
         return self.fisher.weighted(f, gradient) if self.collecting else None
@@ -192,8 +189,7 @@ class Capture:
             before = 0 if self.processes is None else self.processes.rank * samples  # in the others' parts of the batch
             current.context.offset = before + (self.batch.samples if self.batch else 0)
             self._count(reading, samples)
-            if current.context.kind == LEFT:
-                self._counted = current.context.task
+            self._ties.measured(current.context)
             try:
                 self._fisher_passes(current, place, f, gradient)
             except RuntimeError as error:
@@ -208,9 +204,8 @@ class Capture:
         def ended() -> None:
             if self.collecting:
                 self._deliver.held(current.context)
-            current.close(keep_graph, self._epoch, differentiable)
-            if self._stale:
-                self._left = next(((p, p.grad) for p in self._owners() if p.grad is not None), None)
+            current.close(keep_graph, self._ties.epoch, differentiable)
+            self._ties.ended()
 
         torch.autograd.Variable._execution_engine.queue_callback(ended)
 
@@ -236,7 +231,7 @@ class Capture:
 
     def receive_true_gradient(self, layer: Layer, x: Tensor, e: Tensor, context: Context) -> None:
         """Called by the engine with the pairs of the user's own backward pass."""
-        if self._busy or not self.collecting or not (layer.active and layer.trained and self._measures(context)):
+        if self._busy or not self.collecting or not (layer.active and layer.trained and self._ties.measures(context)):
             return
         if not e.numel():  # an empty batch, or an expert that nothing was sent to
             self._check.idle(layer)
@@ -319,52 +314,10 @@ class Capture:
 
     # What is measured belongs to the gradients that came with it.
 
-    def _measures(self, context: Context) -> bool:
-        """Whether the backward pass that runs is part of a step; at first sight of it, what was measured before is
-        looked at."""
-        if context.meets(self.layers) and context.kind:
-            self._drop_stale(context.task)
-            if context.closed:
-                self._walk_again(context)
-        return bool(context.kind)
-
-    def _walk_again(self, context: Context) -> None:
-        """A graph that a backward pass went through before: it is measured once, unless that is forgotten, or was a
-        look at gradients before the step's own."""
-        if context.looked and context.kind == LEFT and self._counted is None:
-            self.drop()
-        if context.epoch != self._epoch:
-            context.reopen()
-
-    def _owners(self) -> Iterator[nn.Parameter]:
-        return (p for layer in self.layers for p in layer.parameters if p.requires_grad)
-
-    def _gradients_are_there(self) -> bool:
-        return any(p.grad is not None for p in self._owners())
-
     def drop(self) -> None:
         """What was measured for this step is not to count: the gradients that it belongs to are gone."""
         self._dropped()
         self.forget()
-
-    def _drop_stale(self, task: int | None) -> None:
-        """Where somebody has dropped the gradients of this step, as model.zero_grad() does, what was measured along
-        with them goes too."""
-        if self._counted not in (None, task) and not self._gradients_are_there():
-            self.drop()
-            self._stale = True
-
-    def _warn_put_back(self) -> None:
-        """Say where the gradients that were gone have come back: what was measured along with them is lost."""
-        if self._stale and self._left is not None and self._counted != OUTSIDE:
-            p, gradient = self._left
-            if p.grad is not gradient and p.grad is not None:
-                warnings.warn(
-                    "gradients were taken away between backward passes, and others put in their place before step(): "
-                    "the curvature is that of the last backward pass alone. Let backward() add them up in p.grad",
-                    GRNGWarning,
-                    stacklevel=6,
-                )
 
     @contextmanager
     def around_passes(self, scale: Tensor | None, taken: bool = True) -> Iterator[None]:
@@ -374,15 +327,13 @@ class Capture:
             scale: what their loss is multiplied by; None where it is not known to be.
             taken: whether gradients of before are taken away meanwhile, and given back.
         """
-        self._drop_stale(None)
-        if taken:
-            self._counted = None
+        self._ties.begin_passes(taken)
         self.fisher.scale = scale
         try:
             yield
         finally:
-            there = self.batch is not None and self._gradients_are_there()
-            self._counted, self.fisher.scale = OUTSIDE if there else None, None
+            self._ties.end_passes(self.batch is not None)
+            self.fisher.scale = None
 
     # The self-check.
 
@@ -406,7 +357,7 @@ class Capture:
 
     def verify(self) -> list[Layer]:
         """Compare what was captured with what autograd accumulated; returns the layers that failed."""
-        self._warn_put_back()
+        self._ties.warn_put_back()
         if self._unreadable:
             return []
         pending = [layer for layer in self.layers if layer.pending]
@@ -419,7 +370,7 @@ class Capture:
         self.fisher.noise.forget()
         self.batch = None
         self._unreadable = False
-        self._epoch, self._counted = self._epoch + 1, None
+        self._ties.forget()
         self._deliver.layers.clear()
         self._check.forget()
 
@@ -433,7 +384,7 @@ class Capture:
                 warnings.warn(f"GRNG captures by hooks, {self.engine_reason}", GRNGWarning, stacklevel=3)
         self.forget()
         self._check.end()
-        self._stale, self._left = False, None
+        self._ties.finish_step()
         self.collecting, self._busy = collect_next, False  # also where a pass was interrupted
 
     def close(self) -> None:

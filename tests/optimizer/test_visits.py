@@ -277,6 +277,7 @@ def test_a_verified_layer_that_is_called_otherwise_is_given_up_visibly() -> None
     assert treatment["head.weight"] == "kfac"
 
 
+@pytest.mark.filterwarnings("ignore:GRNG takes weight and bias of 2 for one matrix")
 @pytest.mark.parametrize("capture", ["hooks", "backpack"])
 def test_parameters_outside_of_layers_may_be_frozen_later(capture: str) -> None:
     blocks = [nn.Linear(4, 4), nn.PReLU() if capture == "hooks" else nn.Tanh(), nn.Linear(4, 3)]
