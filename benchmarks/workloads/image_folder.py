@@ -25,6 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 from ..calibration import Scores
 from ..errors import InputError
 from ..networks.resnet import resnet18, resnet50
+from ..networks.swin import swin_t
+from ..networks.vgg import vgg16bn
 from ..records import hash_of
 from .base import Split, Task, Workload, classification, folder_of, index_batches
 
@@ -257,6 +259,8 @@ def load(
     return ImageFolder(splits, partial(build, len(classes)), batch, device, workers, fingerprint)
 
 
+SWIN = partial(swin_t, size=224, patch=4, window=7)
+
 WORKLOADS = [
     Workload(
         name="tinyimagenet-resnet18",
@@ -271,12 +275,36 @@ WORKLOADS = [
         data=("tiny-imagenet-200",),
     ),
     Workload(
+        name="tinyimagenet-swin-t",
+        about="Tiny-ImageNet at 224 x 224, Swin-T, patch 4, window 7",
+        tier="full",
+        load=partial(load, "tinyimagenet-swin-t", "tiny-imagenet-200", SWIN, 256, 224, 1.0),
+        batch_size=256,
+        steps=3_510,  # ten epochs, about ten minutes
+        evaluate_every=351,
+        metric="accuracy",
+        goal="max",
+        data=("tiny-imagenet-200",),
+    ),
+    Workload(
         name="imagenet-resnet50",
         about="ImageNet at 224 x 224, ResNet-50",
         tier="full",
         load=partial(load, "imagenet-resnet50", "imagenet", partial(resnet50, large=True), 256, 224, 0.875),
         batch_size=256,
         steps=50_000,  # ten epochs, two to three hours
+        evaluate_every=4965,
+        metric="accuracy",
+        goal="max",
+        data=("imagenet",),
+    ),
+    Workload(
+        name="imagenet-vgg16bn",
+        about="ImageNet at 224 x 224, VGG-16 with BatchNorm",
+        tier="full",
+        load=partial(load, "imagenet-vgg16bn", "imagenet", partial(vgg16bn, large=True), 256, 224, 0.875),
+        batch_size=256,
+        steps=50_000,  # ten epochs, several hours
         evaluate_every=4965,
         metric="accuracy",
         goal="max",

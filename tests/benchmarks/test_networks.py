@@ -21,8 +21,9 @@ from grng.regularizers import GNP, Regularized
 
 CLASSES = 5
 
-# Counts of torchvision's pages (ResNet for ImageNet, Swin), of timm (ViT, CaiT), of pytorchcv's tables (WRN-28-10,
-# PyramidNet, Shake-Shake), of NeuralFuse's table of CIFAR nets (ResNet-18, VGG-16), of reproductions (the rest).
+# Counts of torchvision's pages (ResNet and VGG for ImageNet, Swin), of timm (ViT, CaiT), of pytorchcv's tables
+# (WRN-28-10, PyramidNet, Shake-Shake), of NeuralFuse's table of CIFAR nets (ResNet-18, VGG-16), of reproductions (the
+# rest).
 SIZES = {
     "resnet18": (lambda: resnet18(10), 11_173_962),
     "resnet50": (lambda: resnet50(10), 23_520_842),
@@ -31,6 +32,7 @@ SIZES = {
     "wrn16-4": (lambda: WideResNet(16, 4, 10), 2_748_890),
     "wrn28-10": (lambda: WideResNet(28, 10, 10), 36_479_194),
     "vgg16bn": (lambda: vgg16bn(10), 14_728_266),
+    "vgg16bn-large": (lambda: vgg16bn(1000, large=True), 138_365_992),
     "pyramidnet110": (lambda: PyramidNet(110, 270, 10), 28_485_477),
     "pyramidnet272": (lambda: PyramidNet(272, 200, 10, bottleneck=True), 26_210_842),
     "shake-shake-32": (lambda: ShakeShakeNet(26, 32, 10), 2_923_162),
@@ -48,6 +50,7 @@ PRODUCTS = {
     "resnet50-large": (224, 4089),
     "wrn28-10": (32, 5247),
     "vgg16bn": (32, 314),
+    "vgg16bn-large": (224, 15_470),
     "pyramidnet110": (32, 4731),
     "pyramidnet272": (32, 4541),
     "shake-shake-32": (32, 428.9),

@@ -347,7 +347,8 @@ def test_too_few_images_for_a_batch_are_refused(tmp_path):
 def test_the_workloads_of_image_folders_read_the_standard_names(tmp_path):
     write_tiny(tmp_path / "tiny-imagenet-200")
     write_imagenet(tmp_path / "imagenet")
-    for name, size in (("tinyimagenet-resnet18", 64), ("imagenet-resnet50", 224)):
+    names = {"tinyimagenet-resnet18": 64, "tinyimagenet-swin-t": 224, "imagenet-resnet50": 224, "imagenet-vgg16bn": 224}
+    for name, size in names.items():
         task = find_workload(name).load(tmp_path, CPU)
         assert task.splits["test"][0, None][0].shape == (3, size, size)
         with torch.device("meta"):
