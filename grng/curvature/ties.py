@@ -26,6 +26,7 @@ class Ties:
         self._counted: int | None = None  # the last backward pass that was measured and left its gradients in p.grad
         self._stale = False  # what was measured in this step was dropped, as its gradients were gone
         self._left: tuple[nn.Parameter, Tensor] | None = None  # one of the gradients that were left since
+        self._told = False  # of a second backward pass
 
     def measures(self, context: Context) -> bool:
         """Whether the backward pass that runs is part of a step; at first sight of it, what was measured before is
@@ -53,6 +54,14 @@ class Ties:
             self._drop()
         if context.epoch != self.epoch:
             context.reopen()
+        elif context.kind == LEFT and self._counted is not None and not self._told:
+            self._told = True
+            warnings.warn(
+                "a second backward() went through one forward pass of the model: its gradient is in p.grad, and the "
+                "curvature is that of the first one's loss alone. Add the losses up, and call backward() once",
+                GRNGWarning,
+                stacklevel=2,
+            )
 
     def _owners(self) -> Iterator[nn.Parameter]:
         return (p for layer in self._layers for p in layer.parameters if p.requires_grad)

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -86,7 +87,9 @@ def walked_twice(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None
     for x, y in batches:
         loss = cross_entropy(model(x), y)
         loss.backward(retain_graph=True)
-        loss.backward()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "a second backward", GRNGWarning)
+            loss.backward()
 
 
 def copied_between(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:

@@ -1,6 +1,7 @@
 """Backward passes that are no plain loop's: which of them are measured, and what is said of those that cannot be."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -85,6 +86,20 @@ def looked_at(model: nn.Module, optimizer: GRNG) -> None:
 )
 def test_as_the_plain_loop(variant: str, capture: str, work: Any) -> None:
     assert torch.equal(moved(variant, work, capture=capture), moved(variant, plain, capture=capture))
+
+
+@pytest.mark.parametrize("capture", ["hooks", "backpack"])
+def test_a_second_loss_of_one_output_is_said(capture: str) -> None:
+    """Once: p.grad is that of both, the curvature of the first alone."""
+    model, (x, y) = mlp(4, 5, 3), batch()
+    with GRNG(model, "ring", curvature=Curvature(capture=capture)) as optimizer:
+        for step in range(3):
+            optimizer.zero_grad()
+            f = model(x)
+            cross_entropy(f, y).backward(retain_graph=True)
+            with nullcontext() if step else pytest.warns(GRNGWarning, match=r"a second backward\(\) went through one"):
+                (0.1 * f.square().mean()).backward()
+            optimizer.step()
 
 
 @pytest.mark.parametrize("sizes", [(28, 4), (4, 28), (30, 1, 1)])
