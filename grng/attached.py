@@ -192,7 +192,9 @@ class AttachedOptimizer(StrictOptimizer):
 
     def _warn_of_freezing(self) -> None:
         """Say once what is trainable by now and not trained, and what was frozen without its partner."""
-        halves = [layer for layer in self._paired if len({p.requires_grad for p in layer.parameters}) > 1]
+        halves = [
+            layer for layer in self._paired if layer.active and len({p.requires_grad for p in layer.parameters}) > 1
+        ]
         if halves:
             self._paired = [layer for layer in self._paired if layer not in halves]
             warnings.warn(

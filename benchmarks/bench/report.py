@@ -70,7 +70,7 @@ def write_report(
 def lead(analysis: Analysis) -> str:
     """What was run, on what; and what does not compare, because it was run on several machines or data."""
     runs = [o for o in analysis.outcomes if o.trial["phase"] == "run"]
-    trials = [o for o in analysis.outcomes if o.trial["phase"] == "tune"]
+    trials = searched(analysis.outcomes)
     seeds = len({o.seed for o in runs})
     made_on: dict[str, set[str]] = {}
     for o in analysis.outcomes:
@@ -80,9 +80,11 @@ def lead(analysis: Analysis) -> str:
     changed = of_several(analysis.outcomes, lambda o: o.data)
     uneven = of_several(analysis.outcomes, lambda o: (o.trial["budget"], o.trial["lr_warmup"]))
     budgets = {o.trial["budget"] for o in analysis.outcomes}
-    trials_of = Counter((o.workload, o.optimizer) for o in searched(trials))
-    unequal = of_several(searched(trials), lambda o: trials_of[o.workload, o.optimizer])
+    trials_of = Counter((o.workload, o.optimizer) for o in trials)
+    unequal = of_several(trials, lambda o: trials_of[o.workload, o.optimizer])
     sources = {o.environment.get("source") for o in analysis.outcomes}
+    files = {(o.optimizer, o.environment["own_source"]) for o in analysis.outcomes if "own_source" in o.environment}
+    edited = sorted(name for name, count in Counter(name for name, _ in files).items() if count > 1)
     return (
         f"{len({o.workload for o in analysis.outcomes})} workloads, {len(analysis.optimizers)} optimizers: "
         f"{len(trials)} trials of the search and {len(runs)} runs on up to {seeds} paired seeds. "
@@ -94,6 +96,7 @@ def lead(analysis: Analysis) -> str:
         * bool(mixed)
         + f" Made with data that changed in between: {', '.join(changed)}." * bool(changed)
         + f" Made by {len(sources)} states of the code of optimizers and workloads." * (len(sources) > 1)
+        + f" Made by files that were edited in between: {', '.join(edited)}." * bool(edited)
     )
 
 

@@ -27,6 +27,8 @@ from ..records import hash_of
 from .search import DIMENSIONS
 from .spaces import HORIZON, PLAIN, ROSTER, SPACES, Contestant, Dimension
 
+OWN: dict[str, Contestant] = {}  # those of the user that were asked for
+
 
 def contestant_of(name: str) -> Contestant:
     """The contestant of that name, registered if it is the user's own.
@@ -37,7 +39,7 @@ def contestant_of(name: str) -> Contestant:
     Raises:
         InputError: nothing of that name can be found or built.
     """
-    rows = {contestant.name: contestant for contestant in ROSTER}
+    rows = OWN | {contestant.name: contestant for contestant in ROSTER}
     if name in rows:
         return rows[name]
     if name.endswith(".py"):
@@ -151,4 +153,5 @@ def registered(name: str, build: Any, space: tuple[Dimension, ...], file: Path |
         register_optimizer(name, build, "given by the user")
     except ValueError as error:
         raise InputError(str(error)) from error
-    return Contestant(name, space, code=hash_of(file.read_bytes().hex()) if file else "")
+    OWN[name] = Contestant(name, space, code=hash_of(file.read_bytes().hex()) if file else "")
+    return OWN[name]

@@ -168,6 +168,8 @@ class Capture:
 
     def _output_gradient(self, current: Pass, f: Tensor, number: int, version: int, gradient: Tensor) -> None:
         self.engine.listen(current)
+        if current.context.closed:
+            self._ties.warn_repeated(current.context)
         if current.context.closed or not self.collecting:
             return  # the graph is walked again: its labels were drawn and its rows counted; or the step is abandoned
         # The node that runs this hook; holding it from the forward pass on would be a cycle through the graph.

@@ -34,6 +34,7 @@ class Context:
     closed: bool = False
     epoch: int = -1
     looked: bool = False
+    left: bool = False
     kind: str = ""
     task: int = -1
 
@@ -53,7 +54,7 @@ class Context:
     def close(self, epoch: int, differentiable: bool) -> None:
         """A backward pass has gone through."""
         self.closed, self.epoch = True, epoch
-        self.looked = self.kind == RETURNED and not differentiable
+        self.looked, self.left = self.kind == RETURNED and not differentiable, self.kind == LEFT
 
     def reopen(self) -> None:
         """Another one is to be measured."""

@@ -54,7 +54,10 @@ class Ties:
             self._drop()
         if context.epoch != self.epoch:
             context.reopen()
-        elif context.kind == LEFT and self._counted is not None and not self._told:
+
+    def warn_repeated(self, context: Context) -> None:
+        """Say once that the output that is read is gone through again, by a pass that leaves its gradient too."""
+        if context.left and context.kind == LEFT and not self._told:
             self._told = True
             warnings.warn(
                 "a second backward() went through one forward pass of the model: its gradient is in p.grad, and the "

@@ -328,17 +328,18 @@ def test_own_optimizers_are_set_by_the_name_they_get(tmp_path, monkeypatch):
     text = "import torch\n\n\ndef build(params, lr=0.1):\n    return torch.optim.SGD(params, lr)\n"
     (tmp_path / "mine_own.py").write_text(text)
     arguments = ("--workload", "digits-mlp", "--budget", 0.01, "--seeds", 1, "--no-diagnose", "--out", tmp_path / "out")
-    done = call("run", *arguments, "--optimizer", "mine_own.py", "--set", "mine_own.lr=0.25")
+    both = "mine_own.py,mine_own/two"
+    done = call("run", *arguments, "--optimizer", both, "--set", "mine_own.lr=0.25")
     assert done.exit_code == 0, done.output
     (settings,) = (tmp_path / "out").glob("run/mine_own/*/*/*/hparams.json")
     assert json.loads(settings.read_text())["lr"] == 0.25
     for code, said in (
         (text, "there already\n"),
-        (text + "\n", "there already, 1 of them made by other code: give a new"),
+        (text + "\n", "there already, 2 of them made by other code: give a new"),
     ):
         (tmp_path / "mine_own.py").write_text(code)
-        again = call("run", *arguments, "--optimizer", "mine_own.py", "--set", "mine_own.lr=0.25")
-        assert f"1 of 1 runs are {said}" in again.output
+        again = call("run", *arguments, "--optimizer", both, "--set", "mine_own.lr=0.25")
+        assert f"2 of 2 runs are {said}" in again.output
 
 
 def test_who_set_a_target_is_not_searched(tmp_path):

@@ -130,6 +130,16 @@ def test_one_half_frozen_is_said_once(method: Method, frozen: str) -> None:
         assert all(line.startswith("GRNG takes weight and bias of 0 for one matrix") for line in said)
 
 
+def test_one_half_frozen_of_a_layer_that_was_given_up() -> None:
+    """Its parameters follow the fallback, each by itself."""
+    model = mixed()
+    with GRNG(model, "kfac") as optimizer:
+        train(optimizer, model, stream(2))
+        optimizer._layers[0].status = "failed"
+        model[0].bias.requires_grad_(False)
+        assert not found(optimizer, model, stream(3))
+
+
 def test_no_cost_where_nothing_is_frozen() -> None:
     """What is looked at in a step is what was frozen when the optimizer was built."""
     with METHODS["ring"](mixed()) as optimizer:

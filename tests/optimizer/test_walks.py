@@ -1,5 +1,6 @@
 """Backward passes that are no plain loop's: which of them are measured, and what is said of those that cannot be."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
@@ -100,6 +101,34 @@ def test_a_second_loss_of_one_output_is_said(capture: str) -> None:
             with nullcontext() if step else pytest.warns(GRNGWarning, match=r"a second backward\(\) went through one"):
                 (0.1 * f.square().mean()).backward()
             optimizer.step()
+
+
+def two_heads(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    hidden: list[Tensor] = []
+    handle = model[1].register_forward_hook(lambda module, args, output: hidden.append(output))
+    f = model(x)
+    handle.remove()
+    cross_entropy(f, y).backward(retain_graph=True)
+    hidden[0].square().mean().backward()
+
+
+def looks_of_micro_batches(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    for a, b in zip(x.split(8), y.split(8), strict=True):
+        loss = cross_entropy(model(a), b) / 4
+        torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        loss.backward()
+
+
+@pytest.mark.parametrize("work", [two_heads, looks_of_micro_batches])
+def test_what_is_no_second_loss_of_one_output(work: Any) -> None:
+    model, (x, y) = mlp(4, 5, 3), batch(32)
+    with GRNG(model, "ring") as optimizer, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            optimizer.zero_grad()
+            work(model, x, y)
+            optimizer.step()
+    assert not [w for w in caught if "a second backward" in str(w.message)]
 
 
 @pytest.mark.parametrize("sizes", [(28, 4), (4, 28), (30, 1, 1)])
