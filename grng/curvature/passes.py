@@ -73,6 +73,12 @@ def _kind(p: nn.Parameter) -> str:
         return RETURNED
 
 
+def is_look() -> bool:
+    """Whether the backward pass that runs returns gradients which nobody can train by alone: its graph is kept for
+    another one, and there is none of the gradients."""
+    return torch._C._autograd._get_current_graph_task_keep_graph() and not torch.is_grad_enabled()
+
+
 @dataclass
 class Pass:
     """One forward pass of the model on a statistics step."""

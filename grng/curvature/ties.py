@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor, nn
 
 from grng.curvature.layers import Layer
-from grng.curvature.passes import LEFT, Context
+from grng.curvature.passes import LEFT, RETURNED, Context, is_look
 from grng.errors import GRNGWarning
 
 OUTSIDE = -1  # in place of the number of a backward pass: passes() has put gradients there
@@ -33,7 +33,9 @@ class Ties:
         looked at."""
         if context.meets(self._layers) and context.kind:
             self._drop_stale(context.task)
-            if context.closed:
+            if context.kind == RETURNED and self._counted is not None and is_look():
+                context.kind = ""  # nothing could be taken back of what it adds to the backward passes before it
+            elif context.closed:
                 self._walk_again(context)
         return bool(context.kind)
 
@@ -49,7 +51,7 @@ class Ties:
 
     def _walk_again(self, context: Context) -> None:
         """A graph that a backward pass went through before: it is measured once, unless that is forgotten, or was a
-        look at gradients before the step's own."""
+        look at gradients before the first of the step's own."""
         if context.looked and context.kind == LEFT and self._counted is None:
             self._drop()
         if context.epoch != self.epoch:

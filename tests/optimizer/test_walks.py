@@ -77,6 +77,18 @@ def looked_at(model: nn.Module, optimizer: GRNG) -> None:
     loss.backward()
 
 
+def in_micro_batches(model: nn.Module, optimizer: GRNG, look: bool = False) -> None:
+    for a, b in zip(*(part.split(2) for part in batch()), strict=True):
+        loss = cross_entropy(model(a), b) / 3
+        if look:
+            torch.autograd.grad(0.1 * loss, list(model.parameters()), retain_graph=True)
+        loss.backward()
+
+
+def looked_at_in_micro_batches(model: nn.Module, optimizer: GRNG) -> None:
+    in_micro_batches(model, optimizer, look=True)
+
+
 @VARIANTS
 @pytest.mark.parametrize(
     ("work", "capture"),
@@ -87,6 +99,13 @@ def looked_at(model: nn.Module, optimizer: GRNG) -> None:
 )
 def test_as_the_plain_loop(variant: str, capture: str, work: Any) -> None:
     assert torch.equal(moved(variant, work, capture=capture), moved(variant, plain, capture=capture))
+
+
+@VARIANTS
+@pytest.mark.parametrize("capture", ["hooks", "backpack"])
+def test_looks_at_the_gradients_of_micro_batches(variant: str, capture: str) -> None:
+    found, expected = (moved(variant, f, capture=capture) for f in (looked_at_in_micro_batches, in_micro_batches))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("capture", ["hooks", "backpack"])
