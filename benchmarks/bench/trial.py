@@ -273,6 +273,16 @@ def split_of(trace: Trace) -> dict[str, float]:
     }
 
 
+def followed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The environment of a run that went on in another one than it began in: it is neither's alone.
+
+    >>> followed({"torch": "2.12", "threads": 1}, {"torch": "2.13", "threads": 1})
+    {'torch': '2.12, then 2.13', 'threads': 1}
+    """
+    pairs = {name: (before.get(name), now.get(name)) for name in before | now}
+    return {name: b if a in (b, None) else f"{a}, then {b}" for name, (a, b) in pairs.items()}
+
+
 class Keeper:
     """The checkpoint of a run that takes longer than a minute, so that a killed one goes on where it was."""
 
@@ -303,6 +313,7 @@ class Keeper:
             "trace": asdict(trace),
             "rows": outcome.rows,
             "continued": outcome.continued,
+            "environment": outcome.environment,
             "generators": {"cpu": torch.get_rng_state()}
             | ({"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}),
         }
@@ -327,6 +338,7 @@ class Keeper:
         if self.diagnosis:
             self.diagnosis.before = None if state["gradient"] is None else state["gradient"].to(self.device)
         outcome.rows, outcome.continued = state["rows"], state["continued"] + 1
+        outcome.environment = followed(state["environment"], outcome.environment)
         self.generators = state["generators"]
         return Trace(**state["trace"])
 

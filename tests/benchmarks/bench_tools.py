@@ -65,9 +65,9 @@ def small_workload(name: str = "small", task: Small | None = None, **changes: An
     return Workload(**(options | changes))
 
 
-def run(trial: Trial, task: Small | None = None, *rest: Any, **changes: Any) -> Outcome:
+def run(trial: Trial, task: Small | None = None, *rest: Any, source: str = "", **changes: Any) -> Outcome:
     task = task or small_task()
-    return run_trial(trial, small_workload(task=task, **changes), task, CPU, {}, *rest)
+    return run_trial(trial, small_workload(task=task, **changes), task, CPU, {"source": source}, *rest)
 
 
 def generators() -> list[Any]:

@@ -276,6 +276,19 @@ def test_diagnostics_do_not_change_the_run(name):
     assert torch.equal(plain.weights[0], watched.weights[0])
 
 
+def test_a_run_that_goes_on_with_other_code_is_neither_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(trial_module, "CHECKPOINT_SECONDS", 0)
+
+    def stop(outcome):
+        raise KeyboardInterrupt
+
+    for source in ("old", "newer"):  # killed twice
+        with pytest.raises(KeyboardInterrupt):
+            run(ADAMW, small_task(), stop, tmp_path / "checkpoint.pt", source=source)
+    outcome = run(ADAMW, small_task(), lambda outcome: None, tmp_path / "checkpoint.pt", source="newest")
+    assert outcome.environment["source"] == "old, then newer, then newest"
+
+
 @pytest.mark.parametrize(
     "other", [replace(ADAMW, seed=1), replace(ADAMW, settings={"lr": 0.02}), replace(ADAMW, horizon=0.5)]
 )
