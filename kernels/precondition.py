@@ -47,17 +47,18 @@ def kron_spectrum(w_out: Tensor, w_in: Tensor) -> Tensor:
     return w_out.unsqueeze(2) * w_in.unsqueeze(1)
 
 
-def leading(s: Tensor, least: float | Tensor) -> tuple[int, int]:
+def leading(s: Tensor, least: float | Tensor) -> Tensor:
     """How many of the last rows and of the last columns of s (k, n_out, n_in) hold all entries above `least`, a number
-    or one for every matrix.
+    or one for every matrix; all where that is zero.
 
     >>> s = torch.tensor([[[0.0, 0.0, 0.0], [0.0, 0.0, 2.0], [0.0, 1.0, 3.0]]])
-    >>> leading(s, 0.5), leading(s, 1.5), leading(s, 9.0)
-    ((2, 2), (2, 1), (1, 1))
+    >>> [leading(s, least).tolist() for least in (0.5, 1.5, 9.0, 0.0)]
+    [[2, 2], [2, 1], [1, 1], [3, 3]]
     """
-    large = s > least
-    rows, columns = large.any(2).any(0), large.any(1).any(0)
-    return tuple(max(1, len(m) - int(m.int().argmax()) if bool(m.any()) else 1) for m in (rows, columns))  # type: ignore[return-value]
+    least = torch.as_tensor(least, dtype=s.dtype, device=s.device)
+    large = (s > least) | (least <= 0)
+    marked = large.any(2).any(0), large.any(1).any(0)
+    return torch.stack([torch.where(m.any(), len(m) - m.int().argmax(), 1) for m in marked])
 
 
 def rotated_diagonal(s: Tensor, R_out: Tensor | None, R_in: Tensor | None) -> Tensor:

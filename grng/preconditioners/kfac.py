@@ -102,7 +102,7 @@ class KFAC(Preconditioner):
             keep = (failed & (w.sum(1) != 0) | ~self._valid).view(-1, 1, 1)
             w.copy_(torch.where(keep.squeeze(2), w, new_w))
             U.copy_(torch.where(keep, U, new_U))
-            self.failures = self.failures + failed.sum().cpu()
+            self.failures = self.failures.to(failed.device) + failed.sum()
 
     def spectrum(self) -> list[Tensor]:
         """Eigenvalues of F per group, (k, n_out, n_in)."""
@@ -132,16 +132,18 @@ class KFAC(Preconditioner):
 
     def _worth_keeping(self) -> list[tuple[int, int] | None]:
         """Per group how many of the last rows and columns of its spectrum are more than negligible beside the least
-        damping; None: all, or so many that nothing is gained. A look at values, once after each refresh."""
-        kept: list[tuple[int, int] | None] = []
-        for s, group, floor in zip(self.spectrum(), self.groups, self.floors, strict=True):
-            if group.indexed or max(group.n_out, group.n_in) <= SMALL or not bool((floor > 0).all()):
-                kept.append(None)
-                continue
-            a, b = leading(s, NEGLIGIBLE[s.dtype] * floor.to(s))
-            m, n = group.n_out, group.n_in
-            gain = min(sandwich_costs(m, m, n, n)) > 1.5 * min(sandwich_costs(a, m, n, b))
-            kept.append((a, b) if gain else None)
+        damping; None: all, or so many that nothing is gained. One look at values, once after each refresh."""
+        kept: list[tuple[int, int] | None] = [None] * len(self.groups)
+        parts = zip(self.spectrum(), self.groups, self.floors, strict=True)
+        found = {
+            i: leading(s, NEGLIGIBLE[s.dtype] * floor)
+            for i, (s, group, floor) in enumerate(parts)
+            if not group.indexed and max(group.n_out, group.n_in) > SMALL
+        }
+        for i, (a, b) in zip(found, torch.stack(list(found.values())).tolist() if found else (), strict=True):
+            m, n = self.groups[i].n_out, self.groups[i].n_in
+            if min(sandwich_costs(m, m, n, n)) > 1.5 * min(sandwich_costs(a, m, n, b)):
+                kept[i] = a, b
         return kept
 
     def _factored(self, gradients: list[Tensor], damping: list[Tensor]) -> list[Tensor]:
@@ -178,7 +180,7 @@ class KFAC(Preconditioner):
     def _cholesky(self, stack: Tensor, previous: Tensor, shift: Tensor) -> Tensor:
         """Inverses; where that fails the previous ones, and before the first ones that of the diagonal."""
         X, failed = damped_inverse(stack, shift)
-        self.failures = self.failures + failed.sum().cpu()
+        self.failures = self.failures.to(failed.device) + failed.sum()
         keep = failed & (previous.flatten(1) != 0).any(1)
         return torch.where(keep.view(-1, 1, 1), previous, X)
 

@@ -73,7 +73,7 @@ def test_leading_holds_everything_above(shape: tuple[int, int, int]) -> None:
     for _ in range(50):
         s = torch.rand(shape) * torch.logspace(-6, 0, shape[1]).view(1, -1, 1) * torch.logspace(-6, 0, shape[2])
         least = 10 ** float(-8 * torch.rand(()))
-        a, b = leading(s, least)
+        a, b = leading(s, least).tolist()
         outside = s.clone()
         outside[:, -a:, -b:] = 0
         assert outside.max() <= least

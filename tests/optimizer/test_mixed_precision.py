@@ -94,9 +94,11 @@ class Loop:
         inside: bool = False,
     ) -> None:
         self.model, self.optimizer = model, method(model, curvature=EXACT)
-        self.autocast = lambda: nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast)
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
-        self.scaler.scale(torch.zeros(()))  # which makes its scale
+        self.device = next(model.parameters()).device
+        kind = self.device.type
+        self.autocast = lambda: nullcontext() if autocast is None else torch.autocast(kind, dtype=autocast)
+        self.scaler = torch.amp.GradScaler(kind, init_scale=scale or 1.0, enabled=scale is not None)
+        self.scaler.scale(torch.zeros((), device=self.device))  # which makes its scale
         self.around = self.autocast if inside else nullcontext
 
     def step(self, x: Tensor, y: Tensor) -> None:
@@ -115,7 +117,7 @@ class Loop:
         before = vector(self.model).double()
         dtype = next(self.model.parameters()).dtype
         for x, y in stream(steps, dtype=dtype):
-            self.step(x, y)
+            self.step(x.to(self.device), y.to(self.device))
         return vector(self.model).double() - before
 
 
