@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..records import write_atomically
 from .analysis import Analysis, analyse, searched
 from .figures import CLOCKS, draw_figures
-from .landing import Published, landing_figure, landing_section
+from .landing import Published, beside_section, landing_figure, landing_section
 from .section import Section
 from .sections import sections
 from .store import Store
@@ -45,17 +45,18 @@ def write_report(
     store.write_tables(outcomes)
     analysis = analyse(outcomes, read_targets() if targets is None else targets, clock)
     figures = draw_figures(analysis)
-    landing = landing_section(analysis, published or {})
-    if landing:
-        figures["landing"] = landing_figure(analysis, published or {})
+    known = published or {}
+    deepobs = [part for part in (landing_section(analysis, known), beside_section(analysis, known)) if part]
+    if deepobs:
+        deepobs[-1].figures = ["landing"]
+        figures["landing"] = landing_figure(analysis, known)
     drawn = {name: png(figure) for name, figure in figures.items()}
     folder = store.out / "figures"
     folder.mkdir(exist_ok=True)
     for name, content in drawn.items():
         (folder / f"{slug(name)}.png").write_bytes(content)
     parts, about = sections(analysis, list(drawn)), lead(analysis)
-    if landing:
-        parts.insert(0, landing)
+    parts[:0] = deepobs
     html = store.out / "report.html"
     write_atomically(html, render(parts, drawn, about))
     written = [html, store.out / PAGE]

@@ -28,13 +28,13 @@ PUBLISHED = {
 SGD, MOMENTUM, ADAM = {"lr": 0.158489}, {"lr": 0.0025, "momentum": 0.99}, {"lr": 0.001, "weight_decay": 0.0}
 
 
-def landed(folder, found, published=PUBLISHED):
+def landed(folder, found, published=PUBLISHED, title="Landing on"):
     store = Store(folder)
     store.prepare()
     for o in found:
         store.write(Trial(**o.trial), o)
     text = write_report(store, "seconds", targets={}, published=published)[1].read_text()
-    _, _, part = text.partition("## Landing on DeepOBS's baselines")
+    _, _, part = text.partition(f"## {title} DeepOBS's baselines")
     rows = [line.strip("| ").split(" | ") for line in part.partition("\n## ")[0].splitlines() if line.startswith("|")]
     return {(row[0], row[1]): row[2:] for row in rows[2:]}
 
@@ -54,6 +54,22 @@ def test_rows_by_hand(tmp_path):
     assert rows[FMNIST, "sgd"] == [*theirs, "2, missed", "1/2", "missed", "92.00", "90.00", "+4.00", "3/3"]
     assert rows[FMNIST, "sgd-momentum"] == [*theirs, "2", "1/1", "2", "80.00", "90.00", "+10.00", "2/2"]
     assert rows[FMNIST, "adamw"] == [*theirs, "3", "1/1", "3", "92.00", "95.00", "+4.00", "1/3"]
+    assert (tmp_path / "figures" / "landing.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_everything_else_is_beside_them(tmp_path):
+    found = [
+        made(FMNIST, "adamw", [0.45, 0.85, 0.95], settings=ADAM),
+        made(FMNIST, "ring", [0.91, 0.95, 0.96], seed=0),
+        made(FMNIST, "ring", [0.89, 0.94, 0.92], seed=1),
+        made(FMNIST, "kfac", [0.5, 0.7], settings={"lr": 0.1}),
+        made("digits-mlp", "ring", [0.91, 0.95, 0.96]),
+    ]
+    rows = landed(tmp_path, found, title="Beside")
+    theirs = "SGD 3, momentum 3, Adam 3"
+    assert list(rows) == [(FMNIST, "ring"), (FMNIST, "kfac")]
+    assert rows[FMNIST, "ring"] == ["90", "1, 2", "2/2", "1.5", "0.50", theirs, "3", "95.00", "94.00"]
+    assert rows[FMNIST, "kfac"] == ["90", "missed", "0/1", "missed", "missed", theirs, "2", "70.00", "70.00"]
     assert (tmp_path / "figures" / "landing.png").read_bytes().startswith(b"\x89PNG")
 
 

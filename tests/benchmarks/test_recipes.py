@@ -30,9 +30,16 @@ def test_there_are_recipes():
     assert {"regularizers-digits", "regularizers-fashion", "regularizers-cost"} <= {r.stem for r in RECIPES}
     known = {"gnp-cifar10", "gnp-shake", "gnp-imagenet", "gnp-vit-cifar10", "agr-cifar100", "agr-ddpm", "agr-albert"}
     known |= {"agr-tinyimagenet"}
-    assert known | {"grng-glue", "grng-cifar10", "deepobs-fmnist", "deepobs-cifar10", "fast", "fast-value", "full"} == {
-        r.stem for r in BENCH
-    }
+    assert known | {
+        "grng-glue",
+        "grng-cifar10",
+        "deepobs-fmnist",
+        "deepobs-cifar10",
+        "deepobs-cifar10-ours",
+        "fast",
+        "fast-value",
+        "full",
+    } == {r.stem for r in BENCH}
 
 
 @pytest.mark.parametrize(("recipe", "name"), RUNS)
