@@ -4,6 +4,8 @@ from torch import Tensor
 
 # Per-sample gradients are formed at most this many elements at a time.
 CHUNK_ELEMENTS = 2**24
+# On a CPU a sum of outer products is formed without its lower half, in up to four panels of this many columns or more.
+PANEL, PANELS = 192, 4
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -14,7 +16,16 @@ def gram(rows: Tensor) -> Tensor:
     [[[1.0, 2.0], [2.0, 5.0]]]
     """
     flat = rows.flatten(1, 2)
-    return flat.mT @ flat
+    k, _, n = flat.shape
+    panels = min(PANELS, n // PANEL) if flat.device.type == "cpu" else 1
+    if panels < 2:
+        return flat.mT @ flat
+    total, size = flat.new_empty(k, n, n), -(-n // panels)
+    for start in range(0, n, size):
+        panel = flat[..., start : start + size].mT @ flat[..., start:]
+        total[:, start : start + size, start:] = panel
+        total[:, start + size :, start : start + size] = panel[..., size:].mT
+    return total
 
 
 def squared_gradients(x: Tensor, e: Tensor) -> Tensor:

@@ -87,6 +87,20 @@ MUTATIONS = (
         "tests/benchmarks/test_statistics.py -k exchanged",
     ),
     Mutation(
+        "Gram matrix in panels",
+        "kernels/gram.py",
+        "panel[..., size:].mT",
+        "panel[..., size:].mT.abs()",
+        "tests/kernels/test_gram.py",
+    ),
+    Mutation(
+        "patches of a convolution, some at a time",
+        "grng/curvature/statistics.py",
+        ".flatten(2, -2).mul_(counted)",
+        ".flatten(2, -2).mul_(counts[:, :1])",
+        "tests/curvature/test_statistics.py",
+    ),
+    Mutation(
         "Gram matrix",
         "kernels/gram.py",
         "return flat.mT @ flat",

@@ -3,7 +3,7 @@
 from grng.curvature.capture import Capture
 from grng.curvature.config import Curvature
 from grng.curvature.coverage import Coverage, Row
-from grng.curvature.geometry import conv_patches
+from grng.curvature.geometry import conv_windows
 from grng.curvature.layers import Layer, make_layer
 from grng.curvature.passes import Batch
 from grng.curvature.statistics import DenseStatistics, IndexStatistics, Statistics
@@ -18,6 +18,6 @@ __all__ = [
     "Layer",
     "Row",
     "Statistics",
-    "conv_patches",
+    "conv_windows",
     "make_layer",
 ]

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grng.curvature.statistics import DenseStatistics, IndexStatistics, Statistics, UnitStatistics
+from grng.curvature.statistics import DenseStatistics, IndexStatistics, PatchStatistics, Statistics, UnitStatistics
 
 Shape = tuple[int, int, int]
 
@@ -90,8 +90,8 @@ class ConvGeometry(Geometry):
         groups: int = module.groups
         return groups, module.out_channels // groups, module.weight[0].numel()
 
-    def patches(self, module: Any, x: Tensor, e: Tensor) -> Tensor:
-        return conv_patches(module, x)
+    def windows(self, module: Any, x: Tensor, e: Tensor) -> Tensor:
+        return conv_windows(module, x)
 
     def statistics(
         self, module: Any, x: Tensor, e: Tensor, batch: int | None, dtype: torch.dtype, parts: tuple[bool, bool]
@@ -99,9 +99,11 @@ class ConvGeometry(Geometry):
         if x.ndim == len(module.kernel_size) + 1:
             x, e = x.unsqueeze(0), e.unsqueeze(0)
         rows, groups = samples_of(x.shape[0], x.shape[0], batch), module.groups
-        columns = self.patches(module, x, e).flatten(1, 2).unflatten(1, (rows, -1)) if parts[0] else None
         gradients = e.flatten(2).unflatten(1, (groups, -1)).permute(1, 0, 3, 2)
-        return dense(columns, gradients.reshape(groups, rows, -1, gradients.shape[-1]), dtype, parts[1])
+        gradients = gradients.reshape(groups, rows, -1, gradients.shape[-1])
+        if not parts[0]:
+            return dense(None, gradients, dtype, parts[1])
+        return PatchStatistics(self.windows(module, x, e), gradients.to(dtype), parts[1])
 
 
 class ConvTransposeGeometry(ConvGeometry):
@@ -117,8 +119,8 @@ class ConvTransposeGeometry(ConvGeometry):
         matrices = body.view(groups, n_out, weight.shape[0] // groups, *weight.shape[2:])
         return matrices.transpose(1, 2).view(weight.shape)
 
-    def patches(self, module: Any, x: Tensor, e: Tensor) -> Tensor:
-        return transposed_patches(module, x, e.shape[2:])
+    def windows(self, module: Any, x: Tensor, e: Tensor) -> Tensor:
+        return transposed_windows(module, x, e.shape[2:])
 
 
 class EmbeddingGeometry(Geometry):
@@ -217,14 +219,14 @@ def samples_of(leading: int, rows: int, batch: int | None) -> int:
     return batch if batch and leading % batch == 0 and rows % batch == 0 else leading
 
 
-def conv_patches(module: Any, x: Tensor) -> Tensor:
-    """Input patches of a Conv1d/2d/3d: (B, C, ...) -> (groups, B, positions, C/groups * prod(kernel)).
+def conv_windows(module: Any, x: Tensor) -> Tensor:
+    """The patches that a Conv1d/2d/3d sees of x (B, C, ...): (groups, B, positions..., C/groups, kernel...), a view.
 
     The input is padded by the module's own mode and then read with strides, which serves every padding mode, dilation
     and group count alike.
 
-    >>> conv_patches(nn.Conv1d(1, 1, 2), torch.tensor([[[1.0, 2.0, 3.0]]])).tolist()
-    [[[[1.0, 2.0], [2.0, 3.0]]]]
+    >>> conv_windows(nn.Conv1d(1, 1, 2), torch.tensor([[[1.0, 2.0, 3.0]]])).tolist()
+    [[[[[1.0, 2.0]], [[2.0, 3.0]]]]]
     """
     padding = list(module._reversed_padding_repeated_twice)
     if any(padding):
@@ -233,11 +235,11 @@ def conv_patches(module: Any, x: Tensor) -> Tensor:
     return _read(x, module.groups, module.kernel_size, module.stride, module.dilation)
 
 
-def transposed_patches(module: Any, x: Tensor, size: torch.Size) -> Tensor:
-    """Input patches of a ConvTranspose1d/2d/3d whose output has that size, laid out as those of a convolution.
+def transposed_windows(module: Any, x: Tensor, size: torch.Size) -> Tensor:
+    """The patches that a ConvTranspose1d/2d/3d sees whose output has that size, laid out as those of a convolution.
 
-    >>> transposed_patches(nn.ConvTranspose1d(1, 1, 2), torch.tensor([[[1.0, 2.0]]]), torch.Size([3])).tolist()
-    [[[[1.0, 0.0], [2.0, 1.0], [0.0, 2.0]]]]
+    >>> transposed_windows(nn.ConvTranspose1d(1, 1, 2), torch.tensor([[[1.0, 2.0]]]), torch.Size([3])).tolist()
+    [[[[[1.0, 0.0]], [[2.0, 1.0]], [[0.0, 2.0]]]]]
     """
     kernel, dilation = module.kernel_size, module.dilation
     lengths = [(n - 1) * step + 1 for n, step in zip(x.shape[2:], module.stride, strict=True)]
@@ -252,24 +254,19 @@ def transposed_patches(module: Any, x: Tensor, size: torch.Size) -> Tensor:
             out + d * (k - 1) - n - before,
             *padding,
         ]  # torch.nn.functional.pad begins with the last axis
-    dims = len(lengths)
-    return _read(F.pad(spread, padding), module.groups, kernel, (1,) * dims, dilation, turned=True)
+    windows = _read(F.pad(spread, padding), module.groups, kernel, (1,) * len(lengths), dilation)
+    return windows.flip(tuple(range(-len(lengths), 0)))  # the kernel is turned round
 
 
 def _read(
-    x: Tensor, groups: int, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...], turned=False
+    x: Tensor, groups: int, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
 ) -> Tensor:
-    """Patches of a padded input, the kernel turned round where that is asked for."""
-    dims = x.ndim - 2
+    """Patches of a padded input."""
+    axes = x.ndim - 2
     for axis, (k, step, d) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
         x = x.unfold(axis, (k - 1) * d + 1, step)[..., ::d]
-    if turned:
-        x = x.flip(tuple(range(2 + dims, 2 + 2 * dims)))
-    # (B, C, positions..., kernel...) -> (groups, B, positions, C/groups * kernel)
-    batch, channels = x.shape[:2]
-    positions, offsets = x.shape[2 : 2 + dims], x.shape[2 + dims :]
-    x = x.reshape(batch, groups, channels // groups, positions.numel(), offsets.numel())
-    return x.permute(1, 0, 3, 2, 4).reshape(groups, batch, positions.numel(), -1)
+    # (B, C, positions..., kernel...)
+    return x.unflatten(1, (groups, -1)).movedim(0, 1).movedim(2, 2 + axes)
 
 
 def normalise(module: Any, x: Tensor) -> Tensor:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from grng.kernels import Columns, DenseColumns, IndexColumns, by_group, gram, squared_gradients
 
+# So many elements of patches are written out at a time, few enough for a cache.
+PATCH_ELEMENTS = 2**21
+
 
 class Statistics(Protocol):
     """Sums over the rows of one use of a layer; k is the number of its matrices.
@@ -80,7 +83,7 @@ class DenseStatistics(Origin):
 
     @property
     def positions(self) -> int:
-        return self.x.shape[1] * self.x.shape[2]
+        return self.e.shape[1] * self.e.shape[2]
 
     @cached_property
     def _counts(self) -> Tensor:
@@ -123,6 +126,45 @@ class DenseStatistics(Origin):
     def joined(self, others: "Sequence[DenseStatistics]") -> "DenseStatistics":
         parts = [self, *others]
         return DenseStatistics(torch.cat([s.x for s in parts], 2), torch.cat([s.e for s in parts], 2))
+
+
+class PatchStatistics(DenseStatistics):
+    """Statistics of a convolution. Its rows are patches that overlap, many times the input in memory: they are written
+    out at once only where more is asked for than their second moments.
+
+    Args:
+        windows: where the patches are in the input, a view (k, images, positions..., channels, kernel...).
+        e: (k, B, T, n_out), of the same rows in the same order.
+        bias: whether a column of ones follows.
+    """
+
+    def __init__(self, windows: Tensor, e: Tensor, bias: bool) -> None:
+        Origin.__init__(self, e.shape[1])
+        self.windows, self.e, self.bias = windows, e, bias
+
+    @cached_property
+    def x(self) -> Tensor:  # type: ignore[override]
+        return self._written(self.windows).view(*self.e.shape[:3], -1)
+
+    def _written(self, windows: Tensor) -> Tensor:
+        """Some images' patches (k, images, positions..., n_in)."""
+        axes = (windows.ndim - 3) // 2
+        columns = windows.shape[2 + axes :]
+        rows = self.e.new_empty(*windows.shape[: 2 + axes], columns.numel() + self.bias)
+        rows[..., : columns.numel()].unflatten(-1, columns).copy_(windows)
+        rows[..., columns.numel() :] = 1
+        return rows
+
+    def input_sum(self) -> Tensor:
+        if "x" in vars(self):
+            return super().input_sum()
+        k, images = self.windows.shape[:2]
+        step = max(1, PATCH_ELEMENTS // max(1, self.windows[:, :1].numel()))
+        counts = self._counts.reshape(k, images, -1 if images else 0, 1)
+        total = torch.zeros((), dtype=self.e.dtype, device=self.e.device)
+        for windows, counted in zip(self.windows.split(step, 1), counts.split(step, 1), strict=True):
+            total = total + gram(self._written(windows).flatten(2, -2).mul_(counted))
+        return total
 
 
 class UnitStatistics(DenseStatistics):

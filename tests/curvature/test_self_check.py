@@ -199,13 +199,13 @@ def test_a_gradient_that_is_not_finite_is_no_verdict(poison: float, engine: str)
 def test_patches_that_ignore_the_padding_mode_are_found(
     mode: str, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = geometry_module.conv_patches
+    known = geometry_module.conv_windows
 
     def with_zeros(module: nn.Module, x: Tensor) -> Tensor:
         plain = nn.Conv2d(2, 4, 3, padding=1)
         return known(plain, x)
 
-    monkeypatch.setattr(geometry_module, "conv_patches", with_zeros)
+    monkeypatch.setattr(geometry_module, "conv_windows", with_zeros)
     model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, padding_mode=mode), nn.Tanh(), nn.Flatten(), nn.Linear(80, 3))
     x, y = torch.randn(6, 2, 4, 5), torch.randint(3, (6,))
     with pytest.warns(GRNGWarning, match=r"trains 0 by the first-order fallback: .* misses the gradient by 0\.\d+"):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+import grng.curvature.statistics as statistics_module
 from grng.curvature import DenseStatistics, IndexStatistics, Layer, Statistics, make_layer
 
 from .harness import quantity
@@ -128,6 +129,35 @@ def test_moments_are_sums_over_the_rows_that_count(case: str, B: int, seen: bool
         assert statistics.rows[k] == len(pairs)
     total = sum((v.norm() * g.norm() for pairs in rows_of(case, layer, x, e) for v, g, _ in pairs), torch.zeros(()))
     torch.testing.assert_close(statistics.magnitude(), total)
+
+
+@pytest.mark.parametrize(("case", "B"), [grid for grid in GRID if "conv" in grid.values[0]])
+@pytest.mark.parametrize("seen", [True, False], ids=["all", "some"])
+@pytest.mark.parametrize("elements", [1, 400])
+def test_patches_are_written_out_a_few_at_a_time(
+    case: str, B: int, seen: bool, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The moment is that of all of them, however many there are at a time, and all at once are none in memory."""
+    monkeypatch.setattr(statistics_module, "PATCH_ELEMENTS", elements)
+    _, layer, x, e, statistics = build(case, B, seen)
+    found = statistics.input_sum()
+    assert "x" not in vars(statistics)
+    every = layer.statistics(x, e, B, torch.float64).x
+    kept = every * (statistics.e != 0).any(-1, keepdim=True)
+    torch.testing.assert_close(found, torch.einsum("kbti,kbtj->kij", kept, kept), rtol=1e-12, atol=1e-13)
+    assert statistics.x.shape == every.shape
+    torch.testing.assert_close(statistics.input_sum(), found, rtol=1e-12, atol=1e-13)
+
+
+def test_patches_of_images_that_are_parts_of_a_sample() -> None:
+    """Frames of a video, say: positions of one sample, which comes with all of its frames."""
+    module, x = nn.Conv2d(2, 3, 3), torch.randn(12, 2, 4, 5)
+    layer = make_layer("layer", module, set(module.parameters()))
+    e = torch.randn_like(module(x))
+    apart, whole = layer.statistics(x, e, 12, torch.float64), layer.statistics(x, e, 4, torch.float64)
+    torch.testing.assert_close(whole.input_sum(), apart.input_sum())
+    assert (whole.x.shape, whole.samples, whole.positions) == ((1, 4, 18, 19), 4, 72)
+    assert torch.equal(whole.x.flatten(1, 2), apart.x.flatten(1, 2))
 
 
 @DENSE

@@ -31,6 +31,18 @@ def test_gram(k: int, B: int, T: int, n_in: int, n_out: int) -> None:
     torch.testing.assert_close(gram(x), expected)
 
 
+@pytest.mark.parametrize(("panel", "panels"), [(1, 1), (1, 4), (2, 3), (3, 100), (50, 4)])
+@pytest.mark.parametrize("n", [1, 2, 5, 11, 12])
+def test_gram_in_panels(n: int, panel: int, panels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any number and width, the last one smaller: the same sum, symmetric outside of the panels to the bit."""
+    monkeypatch.setattr(sys.modules["grng.kernels.gram"], "PANEL", panel)
+    monkeypatch.setattr(sys.modules["grng.kernels.gram"], "PANELS", panels)
+    x = rows(3, 4, 2, n)
+    found = gram(x)
+    torch.testing.assert_close(found, torch.einsum("kbti,kbtj->kij", x, x), rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(found, found.mT, rtol=1e-14, atol=1e-14)
+
+
 @SHAPES
 @pytest.mark.parametrize("elements", [1, 40, 2**24])
 def test_squared_gradients(
