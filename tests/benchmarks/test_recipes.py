@@ -36,6 +36,7 @@ def test_there_are_recipes():
         "deepobs-fmnist",
         "deepobs-cifar10",
         "deepobs-cifar10-ours",
+        "deepobs-fmnist-ours",
         "fast",
         "fast-value",
         "full",
