@@ -4,8 +4,9 @@ from torch import Tensor
 
 # Per-sample gradients are formed at most this many elements at a time.
 CHUNK_ELEMENTS = 2**24
-# On a CPU a sum of outer products is formed without its lower half, in up to four panels of this many columns or more.
-PANEL, PANELS = 192, 4
+# On a CPU a sum of outer products is formed without its lower half, in up to four panels of this many columns or more,
+# where the rows are so many that copying panels is little beside it.
+PANEL, PANELS, MANY = 192, 4, 1024
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -16,8 +17,8 @@ def gram(rows: Tensor) -> Tensor:
     [[[1.0, 2.0], [2.0, 5.0]]]
     """
     flat = rows.flatten(1, 2)
-    k, _, n = flat.shape
-    panels = min(PANELS, n // PANEL) if flat.device.type == "cpu" else 1
+    k, count, n = flat.shape
+    panels = min(PANELS, n // PANEL) if flat.device.type == "cpu" and count >= MANY else 1
     if panels < 2:
         return flat.mT @ flat
     total, size = flat.new_empty(k, n, n), -(-n // panels)

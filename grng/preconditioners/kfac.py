@@ -26,9 +26,9 @@ from grng.preconditioners.registry import register_preconditioner
 SOLVERS = ("eigen", "factored", "newton")
 # Of a factor of size n: COSTS n^2 (n + SMALL_SIZES), the latter for what small ones take longer (measured on a CPU).
 COSTS, SMALL_SIZES = {"eigen": 25.0, "factored": 3.0, "newton": 3.0}, 250
-# Curvature below that part of the damping is left out of large matrices: in float32 far below what sampled labels are
-# off by, in float64 by rounding alone.
-NEGLIGIBLE = {torch.float32: 1e-3, torch.float64: 2e-14}
+# Curvature below that part of the damping is left out of large matrices, which lengthens no coordinate of a step by more:
+# in float32 far less than what sampled labels are off by, in float64 less than rounding.
+NEGLIGIBLE = {torch.float32: 1e-2, torch.float64: 2e-14}
 SMALL = 128  # matrices of which no side is larger are not worth the trouble
 
 
@@ -42,7 +42,7 @@ class KFAC(Preconditioner):
         solver: how the damped block is inverted.
             `"eigen"`: exactly, in the factors' eigenbasis, D = -U_g [U_g^T G U_l / (gamma_i l_j + lam)] U_l^T; the
             damping may change at every step at no cost. Of matrices with a side above 128, coordinates in which F is
-            below a thousandth of the damping (in float64: below rounding) count as F = 0 where that saves work.
+            below a hundredth of the damping (in float64: below rounding) count as F = 0 where that saves work.
             `"factored"`: (Gamma + sqrt(lam)/pi I)^{-1} G (Lambda + pi sqrt(lam) I)^{-1} by Cholesky; cheaper, and it
             over-damps.
             `"newton"`: the same inverses by Newton's iteration, warm-started; products only. Both factored forms take

@@ -35,8 +35,8 @@ def test_gram(k: int, B: int, T: int, n_in: int, n_out: int) -> None:
 @pytest.mark.parametrize("n", [1, 2, 5, 11, 12])
 def test_gram_in_panels(n: int, panel: int, panels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of any number and width, the last one smaller: the same sum, symmetric outside of the panels to the bit."""
-    monkeypatch.setattr(sys.modules["grng.kernels.gram"], "PANEL", panel)
-    monkeypatch.setattr(sys.modules["grng.kernels.gram"], "PANELS", panels)
+    for name, value in (("PANEL", panel), ("PANELS", panels), ("MANY", 8)):
+        monkeypatch.setattr(sys.modules["grng.kernels.gram"], name, value)
     x = rows(3, 4, 2, n)
     found = gram(x)
     torch.testing.assert_close(found, torch.einsum("kbti,kbtj->kij", x, x), rtol=1e-13, atol=1e-14)

@@ -28,7 +28,7 @@ def steps(optimizer: GRNG, model: nn.Module, x: Tensor, y: Tensor, count: int) -
 
 
 @pytest.mark.parametrize("variant", ["ring", "kfac", "ekfac"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-3)], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-2)], ids=str)
 @pytest.mark.parametrize("floor", [0.01, 1.0])
 def test_what_is_left_out_is_negligible(
     variant: str, dtype: torch.dtype, tolerance: float, floor: float, monkeypatch: pytest.MonkeyPatch
