@@ -26,8 +26,8 @@ from grng.preconditioners.registry import register_preconditioner
 SOLVERS = ("eigen", "factored", "newton")
 # Of a factor of size n: COSTS n^2 (n + SMALL_SIZES), the latter for what small ones take longer (measured on a CPU).
 COSTS, SMALL_SIZES = {"eigen": 25.0, "factored": 3.0, "newton": 3.0}, 250
-# Curvature below that part of the damping is left out of large matrices, which lengthens no coordinate of a step by more:
-# in float32 far less than what sampled labels are off by, in float64 less than rounding.
+# Curvature below that part of the damping is left out of large matrices, which lengthens no coordinate of a step by
+# more: in float32 far less than what sampled labels are off by, in float64 less than rounding.
 NEGLIGIBLE = {torch.float32: 1e-2, torch.float64: 2e-14}
 SMALL = 128  # matrices of which no side is larger are not worth the trouble
 
