@@ -9,8 +9,9 @@ from torch import Tensor
 
 from grng.kernels import Columns, DenseColumns, IndexColumns, by_group, gram, squared_gradients
 
-# So many elements of patches are written out at a time, few enough for a cache.
-PATCH_ELEMENTS = 2**21
+# So many elements of patches are written out at a time: few enough for a CPU's cache, enough to keep other devices busy.
+PATCH_ELEMENTS = {"cpu": 2**21}
+MANY_ELEMENTS = 2**25
 
 
 class Statistics(Protocol):
@@ -159,7 +160,8 @@ class PatchStatistics(DenseStatistics):
         if "x" in vars(self):
             return super().input_sum()
         k, images = self.windows.shape[:2]
-        step = max(1, PATCH_ELEMENTS // max(1, self.windows[:, :1].numel()))
+        elements = PATCH_ELEMENTS.get(self.e.device.type, MANY_ELEMENTS)
+        step = max(1, elements // max(1, self.windows[:, :1].numel()))
         counts = self._counts.reshape(k, images, -1 if images else 0, 1)
         total = torch.zeros((), dtype=self.e.dtype, device=self.e.device)
         for windows, counted in zip(self.windows.split(step, 1), counts.split(step, 1), strict=True):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-import grng.curvature.statistics as statistics_module
 from grng.curvature import DenseStatistics, IndexStatistics, Layer, Statistics, make_layer
+from grng.curvature.statistics import PATCH_ELEMENTS
 
 from .harness import quantity
 from .reference import matrices, relative
@@ -138,7 +138,7 @@ def test_patches_are_written_out_a_few_at_a_time(
     case: str, B: int, seen: bool, elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The moment is that of all of them, however many there are at a time, and all at once are none in memory."""
-    monkeypatch.setattr(statistics_module, "PATCH_ELEMENTS", elements)
+    monkeypatch.setitem(PATCH_ELEMENTS, "cpu", elements)
     _, layer, x, e, statistics = build(case, B, seen)
     found = statistics.input_sum()
     assert "x" not in vars(statistics)
