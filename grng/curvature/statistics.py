@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grng.kernels import Columns, DenseColumns, IndexColumns, by_group, gram, squared_gradients
 
-# So many elements of patches are written out at a time: few enough for a CPU's cache, enough to keep other devices busy.
+# So many elements of patches are written out at a time: few enough for a CPU's cache, enough to fill other devices.
 PATCH_ELEMENTS = {"cpu": 2**21}
 MANY_ELEMENTS = 2**25
 
