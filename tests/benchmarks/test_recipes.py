@@ -37,6 +37,7 @@ def test_there_are_recipes():
         "deepobs-cifar10",
         "deepobs-cifar10-ours",
         "deepobs-fmnist-ours",
+        "deepobs-cost",
         "fast",
         "fast-value",
         "full",
