@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import InputError
 from ..names import base_of, ordered
 from ..records import hash_of
-from ..statistics import Ratio, interquartile_mean, paired_ratio, present, scores, study_time
+from ..statistics import MOST, Ratio, interquartile_mean, paired_ratio, present, scores, study_time
 from .protocol import TARGET_STUDY
 from .spaces import OURS, SETTERS, TWINS
 from .targets import Target
@@ -211,9 +211,9 @@ def searched(outcomes: Iterable[Outcome]) -> list[Outcome]:
 
 
 def ranked(times: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Scores, the best first, over the workloads whose target somebody reached."""
-    known = {w: row for w, row in times.items() if any(t < math.inf for t in row.values())}
-    return dict(sorted(scores(known).items(), key=lambda pair: -pair[1])) if known else {}
+    """Scores, the best first; a workload whose target nobody reached counts 0 for all, as in AlgoPerf's code."""
+    reached = any(time < math.inf for row in times.values() for time in row.values())
+    return dict(sorted(scores(times).items(), key=lambda pair: -pair[1])) if reached else {}
 
 
 def check_alike(runs: Sequence[Outcome]) -> None:
@@ -313,10 +313,16 @@ def compared(own: Line, other: Line) -> Comparison:
     return Comparison(own.workload, own.optimizer, other.optimizer, ratio)
 
 
-def iqm_of(lines: Iterable[Line], fastest: Mapping[str, float]) -> float:
+def iqm_of(lines: Sequence[Line], fastest: Mapping[str, float]) -> float:
     """Interquartile mean, over workloads and seeds, of the times over the workload's fastest median; misses count as
-    the most that is given credit for, four."""
-    values = [min(4.0, time / fastest[line.workload]) for line in lines for time in line.times]
+    the most that is given credit for, four. Each workload weighs the same, whatever its number of seeds."""
+    together = math.lcm(*(len(line.times) for line in lines))
+    values = [
+        min(MOST, time / fastest[line.workload])
+        for line in lines
+        for time in line.times
+        for _ in range(together // len(line.times))
+    ]
     return interquartile_mean(values)
 
 

@@ -47,8 +47,7 @@ def profile_figure(analysis: Analysis) -> Any:
         (axes[0], analysis.times(), "Runs at the best setting"),
         (axes[1], analysis.tuned, "Search: each study's fastest trial"),
     ):
-        usable = {w: row for w, row in times.items() if any(t < math.inf for t in row.values())}
-        for name, share in profile(usable, tau).items() if usable else ():
+        for name, share in profile(times, tau).items():
             axis.plot(tau, share, label=name, color=hues.get(name, "#888888"), linestyle=line_style(name))
         axis.set(title=title, xlabel=f"times the fastest's {CLOCKS[analysis.clock]}", ylim=(-0.02, 1.02))
     axes[0].set_ylabel("share of workloads at target")

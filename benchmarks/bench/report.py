@@ -42,8 +42,9 @@ def write_report(
         raise InputError(f"{store.out} holds no runs: make some with grng bench tune or grng bench run")
     if clock not in CLOCKS:
         raise InputError(f"unknown clock {clock!r}: choose one of {', '.join(CLOCKS)}")
-    store.write_tables(outcomes)
-    analysis = analyse(outcomes, read_targets() if targets is None else targets, clock)
+    goals = read_targets() if targets is None else targets
+    store.write_tables(outcomes, goals)
+    analysis = analyse(outcomes, goals, clock)
     figures = draw_figures(analysis)
     known = published or {}
     deepobs = [part for part in (landing_section(analysis, known), beside_section(analysis, known)) if part]
@@ -83,7 +84,8 @@ def lead(analysis: Analysis) -> str:
     budgets = {o.trial["budget"] for o in analysis.outcomes}
     trials_of = Counter((o.workload, o.optimizer) for o in trials)
     unequal = of_several(trials, lambda o: trials_of[o.workload, o.optimizer])
-    sources = {o.environment.get("source") for o in analysis.outcomes}
+    sources = {source for o in analysis.outcomes if (source := o.environment.get("source"))}
+    unknown = sum(not o.environment.get("source") for o in analysis.outcomes)
     files = {(o.optimizer, o.environment["own_source"]) for o in analysis.outcomes if "own_source" in o.environment}
     edited = sorted(name for name, count in Counter(name for name, _ in files).items() if count > 1)
     return (
@@ -97,6 +99,7 @@ def lead(analysis: Analysis) -> str:
         * bool(mixed)
         + f" Made with data that changed in between: {', '.join(changed)}." * bool(changed)
         + f" Made by {len(sources)} states of the code of optimizers and workloads." * (len(sources) > 1)
+        + f" {unknown} do not say by which state of the code: they need not come out again." * bool(unknown)
         + f" Made by files that were edited in between: {', '.join(edited)}." * bool(edited)
     )
 

@@ -24,6 +24,8 @@ class Search:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.optuna = optuna
+        uniform = optuna.distributions.FloatDistribution(0.0, 1.0)
+        self.cube = {f"u{i}": uniform for i in range(DIMENSIONS)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self.storage = JournalStorage(JournalFileBackend(str(out / JOURNAL)))
@@ -35,6 +37,8 @@ class Search:
             sampler = self.optuna.samplers.QMCSampler(
                 qmc_type="sobol", scramble=True, seed=number, warn_independent_sampling=False
             )
+        # Told the space beforehand: Optuna would learn it from the first point, which would be drawn independently.
+        sampler.infer_relative_search_space = lambda study, trial: self.cube
         return self.optuna.create_study(
             study_name=f"{workload} | {contestant.name} | study {number}",
             storage=self.storage,
@@ -49,9 +53,8 @@ class Search:
         Trials are asked for in order; one that was killed while it ran is taken up again.
         """
         known = study.get_trials(deepcopy=False)
-        uniform = self.optuna.distributions.FloatDistribution(0.0, 1.0)
         while len(known) <= number:
-            study.ask({f"u{i}": uniform for i in range(DIMENSIONS)})
+            study.ask(self.cube)
             known = study.get_trials(deepcopy=False)
         trial = known[number]
         values = {d.name: d.at(trial.params[f"u{i}"]) for i, d in enumerate(contestant.space)}

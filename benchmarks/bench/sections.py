@@ -1,7 +1,7 @@
 """The sections of a report: what is said, and the tables."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..names import flat
@@ -51,7 +51,7 @@ def score_section(analysis: Analysis, drawn: Sequence[str]) -> Section:
                 number(runs.get(name), ".3f"),
                 number(tuned.get(name), ".3f"),
                 number(iqm_of(own, fastest) if own else None, ".2f"),
-                f"{len(reached)}/{len(own)}" if own else "–",
+                f"{len(reached)}/{len(times)}" if own else "–",
                 str(sum(sum(line.trouble.values()) for line in lines)),
             ]
         )
@@ -62,10 +62,17 @@ def score_section(analysis: Analysis, drawn: Sequence[str]) -> Section:
         "that of the best single run of the search, and luck has a part in it: "
         f"{promised} of them reached the target there, and {kept} of these with at least half of the seeds. IQM: "
         "interquartile mean, over workloads and seeds, of the time over the workload's fastest median; a miss counts "
-        "as 4. Workloads of which nobody reached the target with half of the seeds are left out."
+        "as 4, and each workload as much as another. A workload whose target nobody reached, with half of the seeds or "
+        f"of the studies ({missed(times)} in the runs, {missed(analysis.tuned)} in the search), is 0 for everybody in "
+        "the score and left out of the IQM."
     )
     headings = ("optimizer", "score, runs", "score, search", "IQM of times", "targets reached", "diverged or failed")
     return Section("Scores", text, headings, rows, [f for f in ("profile", "times") if f in drawn])
+
+
+def missed(times: Mapping[str, Mapping[str, float]]) -> int:
+    """Workloads whose target nobody reached."""
+    return sum(min(row.values(), default=math.inf) == math.inf for row in times.values())
 
 
 def selection(analysis: Analysis) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import csv
 import io
 import json
 import lzma
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
 from functools import cached_property
@@ -21,10 +22,13 @@ from typing import Any
 from ..errors import InputError
 from ..names import file_name, flat
 from ..records import make_folder, storable, write_atomically
+from .targets import Target, read_targets
 from .trial import Outcome, Trial
 
 ARCHIVE = "outcomes.json.xz"
 TABLE = "results.csv"
+CLOCKS = {"steps": "step", "seconds": "seconds", "cpu_seconds": "cpu_seconds", "gradient_evaluations": "evaluations"}
+PHASES = ("tune", "run", "target")
 NAMES = {f.name for f in fields(Outcome)}
 NEEDED = {f.name for f in fields(Outcome) if f.default is f.default_factory is MISSING}
 
@@ -36,8 +40,13 @@ class Store:
         self.out = Path(out).expanduser()
 
     def prepare(self) -> None:
-        """Make the folder; raise InputError where that cannot be."""
+        """Make the folder; raise InputError where that cannot be, or where another command's results lie in it."""
         make_folder(self.out)
+        own = (ARCHIVE, *PHASES)
+        if (self.out / TABLE).exists() and not any((self.out / name).exists() for name in own):
+            raise InputError(
+                f"{self.out} holds the {TABLE} of another command, which would be lost: give another folder to --out"
+            )
 
     def folder(self, trial: Trial) -> Path:
         study, number = (trial.study, trial.number + 1) if trial.phase == "tune" else (trial.seed, 1)
@@ -105,21 +114,23 @@ class Store:
     def outcomes(self) -> list[Outcome]:
         """Every run in the folder, those of its archive included."""
         found = {place(outcome): outcome for outcome in self._archived.values()}
-        for phase in ("tune", "run", "target"):
+        for phase in PHASES:
             for path in sorted((self.out / phase).glob("*/study_*/*/trial_*/outcome.json")):
                 outcome = read_outcome(path)
                 if outcome is not None:
                     found[place(outcome)] = outcome
         return list(found.values())
 
-    def write_tables(self, outcomes: Sequence[Outcome]) -> None:
-        """The table and the archive of all runs; the archive without the training curves of the search."""
-        write_atomically(self.out / TABLE, as_csv([flat_row(o) for o in outcomes]))
+    def write_tables(self, outcomes: Sequence[Outcome], targets: Mapping[str, Target] | None = None) -> None:
+        """The archive of all runs, without the training curves of the search, and the table with times to `targets`,
+        None: the frozen ones."""
         rows = [asdict(o) | ({"curve": {}} if o.trial["phase"] == "tune" else {}) for o in outcomes]
         packed = lzma.compress(json.dumps(storable(rows), allow_nan=False).encode(), preset=9)
         partial = self.out / f".{ARCHIVE}"
         partial.write_bytes(packed)
         partial.replace(self.out / ARCHIVE)
+        known = read_targets() if targets is None else targets
+        write_atomically(self.out / TABLE, as_csv([flat_row(o, known.get(o.workload)) for o in outcomes]))
 
 
 def place(outcome: Outcome) -> tuple[str, int, int]:
@@ -162,8 +173,8 @@ def algoperf_row(row: Mapping[str, Any], test: Mapping[str, Any]) -> dict[str, A
     }
 
 
-def flat_row(outcome: Outcome) -> dict[str, Any]:
-    """One row of results.csv."""
+def flat_row(outcome: Outcome, target: Target | None = None) -> dict[str, Any]:
+    """One row of results.csv; what was not reached is empty."""
     trial = outcome.trial
     plain = {key: trial[key] for key in ("workload", "optimizer", "phase", "study", "number", "seed")}
     plain |= {key: trial[key] for key in ("horizon", "budget", "lr_warmup")}
@@ -178,6 +189,8 @@ def flat_row(outcome: Outcome) -> dict[str, Any]:
         "best": outcome.best(),
         "last": last.get(outcome.metric),
         "test": outcome.test.get(outcome.metric),
+        "target": target.value if target else None,
+        **{f"{name}_to_target": time_to(outcome, target, clock) for name, clock in CLOCKS.items()},
         **{f"test_{name}": outcome.test.get(name) for name in ("loss", "brier", "ece", "scaled_ece")},
         **{name.replace(" ", "_").replace("'", ""): value for name, value in outcome.diagnosis.items()},
         "steps": outcome.steps,
@@ -192,6 +205,11 @@ def flat_row(outcome: Outcome) -> dict[str, Any]:
         "data": outcome.data,
         **{f"environment_{name}": value for name, value in outcome.environment.items()},
     }
+
+
+def time_to(outcome: Outcome, target: Target | None, clock: str) -> float | None:
+    time = outcome.time_to(target.value, clock) if target else math.inf
+    return time if time < math.inf else None
 
 
 def as_csv(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -222,6 +222,22 @@ def test_scores_count_who_ran_everywhere():
     assert iqm_of(lines, {"a": 1.0, "b": 2.0, "c": 1.0}) == pytest.approx(7.5 / 3), "2.5, 1 and 4 for the nine"
 
 
+def test_a_target_that_nobody_reaches_counts_in_the_score():
+    """0 for everybody, as in AlgoPerf's code, and not left out; in the IQM a workload of more seeds weighs no more."""
+    goals = {name: target(name, 0.9) for name in ("a", "b", "c", "d")}
+    runs = [
+        *(made("a", "kalman", [0.9], pace=1.0, seed=s) for s in range(4)),
+        *(made("a", "adamw", [0.9], pace=2.5, seed=s) for s in range(4)),
+        *(made("b", name, [0.9], pace=p) for name, p in (("kalman", 2.0), ("adamw", 2.0))),
+        *(made(w, name, [0.5], pace=1.0) for name in ("kalman", "adamw") for w in ("c", "d")),
+    ]
+    found = analyse(runs, goals, "seconds")
+    assert found.run_scores() == pytest.approx({"kalman": 2 / 4, "adamw": (0.5 + 1) / 4})
+    lines = [x for x in found.lines if x.optimizer == "adamw" and x.workload in ("a", "b")]
+    assert iqm_of(lines, {"a": 1.0, "b": 2.0}) == pytest.approx((2 * 2.5 + 2 * 1) / 4)
+    assert analyse([r for r in runs if r.workload in ("c", "d")], goals, "seconds").run_scores() == {}
+
+
 def test_without_a_target_nothing_is_timed():
     found = analyse([*RUNS, *TRIALS], {"other": target("other")}, "seconds")
     assert (found.targets, found.tuned, found.times(), found.against_rivals()) == ({}, {}, {}, [])

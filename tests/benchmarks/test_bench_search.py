@@ -48,6 +48,16 @@ def test_a_study_gives_everybody_the_same_points(tmp_path):
     assert len(set(points)) == 4
 
 
+@pytest.mark.parametrize("study", [0, 2, 100])
+def test_every_point_is_sobols(tmp_path, study):
+    """The first one too, which Optuna by itself draws independently."""
+    from scipy.stats import qmc
+
+    expected = qmc.Sobol(DIMENSIONS, scramble=True, seed=study).random(8)
+    for found, point in zip(unit_points(tmp_path, study=study, count=8), expected, strict=True):
+        assert found == pytest.approx(tuple(point))
+
+
 def test_studies_differ(tmp_path):
     found = [unit_points(tmp_path, study=study) for study in (0, 1, 2, 100)]
     assert len({p for points in found for p in points}) == 16

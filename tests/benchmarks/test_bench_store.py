@@ -13,7 +13,7 @@ from grng.benchmarks.bench import Outcome, Store, Trial
 from grng.benchmarks.errors import InputError
 from grng.benchmarks.records import storable
 
-from .bench_tools import made, run
+from .bench_tools import made, run, target
 
 TRIAL = Trial("small", "ring/rho=0", {"lr": 0.1}, 0.5, 3, "tune", 2, 4)
 OUTCOMES = [
@@ -259,6 +259,33 @@ def test_a_folder_that_cannot_be_made(tmp_path, blocked):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(InputError, match=r"cannot write to the folder .*: give another --out"):
         Store(tmp_path / blocked).prepare()
+
+
+def test_a_table_of_another_command_is_not_overwritten(tmp_path):
+    (tmp_path / "results.csv").write_text("of grng compare")
+    with pytest.raises(InputError, match=r"holds the results\.csv of another command.*: give another folder to --out"):
+        Store(tmp_path).prepare()
+    (tmp_path / "run").mkdir()
+    Store(tmp_path).prepare()
+
+
+def test_the_table_has_times_to_the_target(store):
+    """Empty where it was missed, or where there is none."""
+    names = (
+        "target",
+        "steps_to_target",
+        "seconds_to_target",
+        "cpu_seconds_to_target",
+        "gradient_evaluations_to_target",
+    )
+    store.write_tables(OUTCOMES, {"small": target("small", 0.8)})
+    rows = [[row[name] for name in names] for row in table(store.out / "results.csv")]
+    missed = ["0.8", "", "", "", ""]
+    reached = [["0.8", "20", "2.0", "4.0", "40"], ["0.8", "30", "3.0", "6.0", "60"]]
+    assert [[number.removesuffix(".0") for number in row] for row in rows] == [
+        *([number.removesuffix(".0") for number in row] for row in reached),
+        *(missed, [""] * 5, missed),
+    ]
 
 
 def test_preparing_leaves_nothing_behind(store):
