@@ -154,6 +154,16 @@ class Analysis:
         both = [w for w in self.workloads if w in self.targets and (w, own) in ranks and (w, other) in ranks]
         return sum(ranks[w, own] < ranks[w, other] for w in both), len(both)
 
+    def behind_twins(self) -> dict[str, list[str]]:
+        """By variant, the workloads on which it is behind its own case without regularization, in the same sense."""
+        ranks = self._ranks
+        found: dict[str, list[str]] = {}
+        for own, twin in TWINS.items():
+            both = [w for w in self.workloads if w in self.targets and (w, own) in ranks and (w, twin) in ranks]
+            if both:
+                found[own] = [w for w in both if ranks[w, own] > ranks[w, twin]]
+        return found
+
     @cached_property
     def _ranks(self) -> dict[tuple[str, str], Any]:
         return {(line.workload, line.optimizer): self._rank(line) for line in self.lines}

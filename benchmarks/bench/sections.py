@@ -120,7 +120,13 @@ def rivals_section(analysis: Analysis) -> Section:
 def twins_section(analysis: Analysis) -> Section:
     text = (
         "Every variant against its own case without regularization, which searched the same points: above 1 the "
-        "regularization cost time."
+        "regularization cost time. Behind it, by the median time to the target, and where both missed it by the mean "
+        "best value: "
+        + "; ".join(
+            f"{own} on {len(lost)}" + f" ({', '.join(lost)})" * bool(lost)
+            for own, lost in analysis.behind_twins().items()
+        )
+        + "."
     )
     rows = [pair_row(c) for c in analysis.against_twins()]
     return Section("What the regularization does", text, PAIR_HEADINGS, rows)

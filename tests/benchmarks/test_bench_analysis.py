@@ -222,6 +222,17 @@ def test_scores_count_who_ran_everywhere():
     assert iqm_of(lines, {"a": 1.0, "b": 2.0, "c": 1.0}) == pytest.approx(7.5 / 3), "2.5, 1 and 4 for the nine"
 
 
+def test_who_is_behind_its_own_case_without_regularization():
+    """By the median time, and by the mean best value where both missed the target; not where one of them did not run."""
+    goals = {name: target(name, 0.9) for name in ("a", "b", "c")}
+    runs = [
+        *(made("a", name, [0.9], pace=p) for name, p in (("ring", 2.0), ("reng", 1.0), ("kfac", 1.5))),
+        *(made("b", name, [v]) for name, v in (("ring", 0.6), ("reng", 0.5), ("kfac", 0.55))),
+        made("c", "ring", [0.5]),
+    ]
+    assert analyse(runs, goals, "seconds").behind_twins() == {"ring": ["a"], "reng": ["b"]}
+
+
 def test_a_target_that_nobody_reaches_counts_in_the_score():
     """0 for everybody, as in AlgoPerf's code, and not left out; in the IQM a workload of more seeds weighs no more."""
     goals = {name: target(name, 0.9) for name in ("a", "b", "c", "d")}
