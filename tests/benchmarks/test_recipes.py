@@ -38,6 +38,7 @@ def test_there_are_recipes():
         "deepobs-cifar10-ours",
         "deepobs-fmnist-ours",
         "deepobs-cost",
+        "deepobs-cifar10-muon",
         "fast",
         "fast-value",
         "full",
