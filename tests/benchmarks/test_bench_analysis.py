@@ -223,7 +223,7 @@ def test_scores_count_who_ran_everywhere():
 
 
 def test_who_is_behind_its_own_case_without_regularization():
-    """By the median time, and by the mean best value where both missed the target; not where one of them did not run."""
+    """By the median time, and by the mean best value where both missed the target; not where one did not run."""
     goals = {name: target(name, 0.9) for name in ("a", "b", "c")}
     runs = [
         *(made("a", name, [0.9], pace=p) for name, p in (("ring", 2.0), ("reng", 1.0), ("kfac", 1.5))),
