@@ -25,7 +25,7 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.optuna = optuna
         uniform = optuna.distributions.FloatDistribution(0.0, 1.0)
-        self.cube = {f"u{i}": uniform for i in range(DIMENSIONS)}
+        self.cube: dict[str, Any] = {f"u{i}": uniform for i in range(DIMENSIONS)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self.storage = JournalStorage(JournalFileBackend(str(out / JOURNAL)))
@@ -38,7 +38,7 @@ class Search:
                 qmc_type="sobol", scramble=True, seed=number, warn_independent_sampling=False
             )
         # Told the space beforehand: Optuna would learn it from the first point, which would be drawn independently.
-        sampler.infer_relative_search_space = lambda study, trial: self.cube
+        sampler.infer_relative_search_space = lambda study, trial: self.cube  # type: ignore[method-assign]
         return self.optuna.create_study(
             study_name=f"{workload} | {contestant.name} | study {number}",
             storage=self.storage,
