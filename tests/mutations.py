@@ -124,8 +124,8 @@ MUTATIONS = (
     Mutation(
         "turned kernel",
         "grng/curvature/geometry.py",
-        "if turned:",
-        "if not turned:",
+        "return windows.flip(tuple(range(-len(lengths), 0)))",
+        "return windows",
         "tests/curvature/test_layers.py -k transposed",
     ),
     Mutation(

@@ -305,7 +305,9 @@ def test_setting_targets(tmp_path):
         reruns = [o for o in outcomes if o.workload == name and o.trial["phase"] == "target"]
         tuned = [o for o in outcomes if o.workload == name and o.trial["phase"] == "tune"]
         assert [sorted(o.best() for o in reruns)[1]] == pytest.approx([found[name].value], rel=1e-4)
-        assert {o.optimizer for o in reruns} == {best_trial(tuned).optimizer} == {found[name].optimizer}
+        winner = best_trial([o for o in tuned if o.optimizer == found[name].optimizer])
+        assert winner.best() == best_trial(tuned).best()  # of several that are as good any
+        assert {o.optimizer for o in reruns} == {winner.optimizer}
         assert sorted(o.seed for o in reruns) == [0, 1, 2]
         assert found[name].goal == ("min" if name == "lower" else "max")
     path = tmp_path / "targets.json"
