@@ -4,9 +4,10 @@ Every space has four dimensions: the peak learning rate, the horizon (the part o
 to zero and training ends, so that a faster method can be given a shorter run), and two more: as a rule the weight decay
 and the method's own number. The spaces are the same for every workload. What is not searched is the optimizer's
 default. All search the same points of the unit cube, so that a variant and its twin without regularization differ in
-that alone. Twins of `ring` and `reng` are K-FAC and EKFAC, which they are with rho = 0; where damping follows the
-gradient (`ring`), its strength takes the place of the floor. Beside the roster the rivals run that set the targets,
-OPTIMIZER/target, with the settings that they set them with: found by more trials, so that they are in no score.
+that alone. Twins of `ring` and `reng` are K-FAC and EKFAC, which they are with rho = 0; the strength takes the place of
+their floor, and is 0 in a quarter of its range, so that a variant's space holds its own case without regularization.
+Beside the roster the rivals run that set the targets, OPTIMIZER/target, with the settings that they set them with:
+found by more trials, so that they are in no score.
 """
 
 import math
@@ -26,18 +27,25 @@ class Dimension:
         name: of the setting, KEY or REGULARIZER.KEY; "1-KEY" for its distance from one; "1-beta1" for the first of
             `betas`; "horizon" for the run's length.
         low, high: bounds.
+        zero: the part of the range, at its lower end, where the value is 0.
     """
 
     name: str
     low: float
     high: float
+    zero: float = 0.0
 
     def at(self, u: float) -> float:
         """The value at u in [0, 1].
 
         >>> Dimension("lr", 0.01, 1.0).at(0.5)
         0.1
+        >>> [Dimension("strength", 0.01, 1.0, zero=0.2).at(u) for u in (0.1, 0.2, 0.6, 1.0)]
+        [0.0, 0.01, 0.1, 1.0]
         """
+        if u < self.zero:
+            return 0.0
+        u = (u - self.zero) / (1 - self.zero)
         return float(f"{math.exp(math.log(self.low) * (1 - u) + math.log(self.high) * u):.4g}")
 
 
@@ -95,9 +103,10 @@ def rate(low: float, high: float) -> Dimension:
 
 MOMENTUM = Dimension("1-momentum", 0.02, 0.3)
 NATURAL = (rate(0.1, 1.0), HORIZON, Dimension("weight_decay", 1e-5, 0.03))  # of a layer a step, times a rate near 1
-CONSTANT, FADING = Dimension("floor", 1e-3, 0.3), Dimension("strength", 1e-3, 0.3)  # times the largest curvature seen
+FLOOR = Dimension("floor", 1e-3, 0.3)  # times the largest curvature seen, as is the next
+STRENGTH = Dimension("strength", 1e-3, 0.3, zero=0.25)
 PUBLISHED = (rate(0.01, 1.0), HORIZON, DECAY, Dimension("floor", 1e-3, 1.0))  # K-FAC of one damping and a KL clip
-KALMAN = (rate(0.2, 1.0), HORIZON, Dimension("gamma", 1e-2, 0.3), Dimension("strength", 1e-3, 1.0))
+KALMAN = (rate(0.2, 1.0), HORIZON, Dimension("gamma", 1e-2, 0.3), Dimension("strength", 1e-3, 1.0, zero=0.25))
 
 PLAIN = (ADAM_LR, HORIZON, DECAY)  # of an optimizer that brings no space
 SPACES = {  # of those that are known, and not in the roster
@@ -106,14 +115,14 @@ SPACES = {  # of those that are known, and not in the roster
 }
 
 ROSTER = (
-    Contestant("ring", (*NATURAL, FADING)),
-    Contestant("ring/ekfac", (*NATURAL, FADING), {"preconditioner": "ekfac"}),
-    Contestant("reng", (*NATURAL, CONSTANT)),
-    Contestant("reng/ggn", (*NATURAL, CONSTANT), {"mode": "ggn"}),
+    Contestant("ring", (*NATURAL, STRENGTH)),
+    Contestant("ring/ekfac", (*NATURAL, STRENGTH), {"preconditioner": "ekfac"}),
+    Contestant("reng", (*NATURAL, STRENGTH)),
+    Contestant("reng/ggn", (*NATURAL, STRENGTH), {"mode": "ggn"}),
     Contestant("kalman", KALMAN),
     Contestant("kalman/rho=0", KALMAN[:-1], {"strength": 0.0}),
-    Contestant("kfac", (*NATURAL, CONSTANT)),
-    Contestant("ekfac", (*NATURAL, CONSTANT)),
+    Contestant("kfac", (*NATURAL, FLOOR)),
+    Contestant("ekfac", (*NATURAL, FLOOR)),
     Contestant("kfac/kl", PUBLISHED, {"relative_to": "model", "kl_clip": 1e-3}),
     Contestant("sgd-momentum", (rate(3e-3, 1.0), HORIZON, DECAY, MOMENTUM), {"nesterov": True}),
     Contestant("adamw", (ADAM_LR, HORIZON, DECAY, BETA1)),

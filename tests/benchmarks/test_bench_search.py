@@ -1,11 +1,12 @@
 """The search: the same points for everybody, and for a search that was stopped."""
 
+import math
 import warnings
 
 import pytest
 from grng.benchmarks.bench import ROSTER, Job, protocol
 from grng.benchmarks.bench.search import DIMENSIONS, Search
-from grng.benchmarks.bench.spaces import TWINS, find_contestant
+from grng.benchmarks.bench.spaces import FLOOR, STRENGTH, TWINS, find_contestant
 
 from .bench_tools import Ear, small_workload
 
@@ -108,8 +109,9 @@ def test_twins_share_all_but_the_regularization(tmp_path, own, twin):
     third = "gamma" if own == "kalman" else "weight_decay"
     for a, b in zip(found[own], found[twin], strict=True):
         assert {key: b[key] for key in ("lr", "horizon", third)} == {key: a[key] for key in ("lr", "horizon", third)}
-        if own != "kalman":  # whichever number it is
-            assert b["floor"] == a["strength" if own.startswith("ring") else "floor"]
+        if own != "kalman":  # the strength where the twin's floor is, but for the part that is 0
+            u = math.log(b["floor"] / FLOOR.low) / math.log(FLOOR.high / FLOOR.low)
+            assert a["strength"] == pytest.approx(STRENGTH.at(u), rel=0.01)
     assert len({p["lr"] for p in found[own]}) > 1
 
 

@@ -24,7 +24,8 @@ NAMES = [c.name for c in ROSTER]
 def test_every_scale_rises_from_low_to_high(dimension):
     values = [dimension.at(u / 400) for u in range(401)]
     assert all(a <= b for a, b in itertools.pairwise(values))
-    assert (values[0], values[-1]) == (dimension.low, dimension.high)
+    assert (values[0], values[-1]) == (0.0 if dimension.zero else dimension.low, dimension.high)
+    assert dimension.at(dimension.zero) == dimension.low
 
 
 @pytest.mark.parametrize(("u", "value"), [(0.0, 0.01), (0.25, 0.1), (0.5, 1.0), (1.0, 100.0)])
@@ -59,14 +60,20 @@ def test_the_roster():
 def test_twins_search_alike(own):
     a, b = find_contestant(own).space, find_contestant(TWINS[own]).space
     assert a[:3] == b[:3]
-    assert (a[3].low, a[3].high) == (b[3].low, b[3].high)
+    assert (a[3].name, a[3].low, a[3].high) == ("strength", b[3].low, b[3].high)
     assert [d.name for d in b] == ["lr", "horizon", "weight_decay", "floor"]
-    assert a[3].name == ("strength" if own.startswith("ring") else "floor")
 
 
 def test_the_kalman_twin():
     assert find_contestant("kalman").space[:3] == find_contestant("kalman/rho=0").space
     assert find_contestant("kalman").space[3].name == "strength"
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_space_of_ours_holds_the_case_without_regularization(name):
+    found = [d for d in find_contestant(name).space if d.zero]
+    assert [d.name for d in found] == ["strength"]
+    assert [found[0].at(u) for u in (0.0, 0.19)] == [0.0, 0.0]
 
 
 def test_betas_are_those_of_the_optimizers():
@@ -90,7 +97,7 @@ def test_betas_are_those_of_the_optimizers():
         (find_contestant("muon"), {"1-momentum": 0.02}, {"momentum": 0.98}, 1.0),
         (find_contestant("adamw+sam"), {"lr": 0.1, "sam.r": 0.05}, {"lr": 0.1, "sam": {"r": 0.05}}, 1.0),
         (find_contestant("kalman/rho=0"), {"gamma": 0.5}, {"gamma": 0.5, "strength": 0.0}, 1.0),
-        (find_contestant("reng/ggn"), {"floor": 0.1}, {"floor": 0.1, "mode": "ggn"}, 1.0),
+        (find_contestant("reng/ggn"), {"strength": 0.1}, {"strength": 0.1, "mode": "ggn"}, 1.0),
         (find_contestant("ring/ekfac"), {"strength": 0.1}, {"strength": 0.1, "preconditioner": "ekfac"}, 1.0),
         (Contestant("adamw", (), {"lr": 0.5, "gnp.r": 1}), {"lr": 0.1}, {"lr": 0.5, "gnp": {"r": 1}}, 1.0),
     ],
