@@ -140,25 +140,31 @@ def fit(
     device: torch.device,
     on_evaluation: Callable[[Trace], None],
     trace: Trace | None = None,
+    before_last: Callable[[], None] | None = None,
 ) -> Trace:
     """Train until `steps` steps are made, handing the trace on every `evaluate_every` steps and in the end.
 
-    A training loss that is not finite ends it. A trace that is given is gone on with.
+    A training loss that is not finite ends it. A trace that is given is gone on with. `before_last` is called off the
+    clock, before each step that an evaluation follows.
     """
     trace, clock = trace or Trace(), Clock(device)
     stepper.clock = clock
     while len(trace.losses) < steps and not trace.diverged:
         count = min(evaluate_every, steps - len(trace.losses))
         losses = torch.empty(count, device=device)
-        reset_peak_memory(device)
-        clock.start()
-        for i in range(count):
-            losses[i] = stepper(next(batches))
-            if schedule:
-                schedule.step()
-            clock.tick()
-        clock.stop(trace)
-        trace.peak_memory = max(present((trace.peak_memory, peak_memory(device))), default=None)
+        pieces = [range(count - 1), range(count - 1, count)] if before_last else [range(count)]
+        for piece in pieces:
+            if before_last and piece is pieces[-1]:
+                before_last()
+            reset_peak_memory(device)
+            clock.start()
+            for i in piece:
+                losses[i] = stepper(next(batches))
+                if schedule:
+                    schedule.step()
+                clock.tick()
+            clock.stop(trace)
+            trace.peak_memory = max(present((trace.peak_memory, peak_memory(device))), default=None)
         trace.losses += losses.tolist()
         trace.diverged = not math.isfinite(sum(trace.losses[-count:]))
         on_evaluation(trace)

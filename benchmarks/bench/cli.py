@@ -11,7 +11,7 @@ from ..data import data_root
 from ..errors import InputError
 from ..names import merge
 from .listener import default_listener
-from .protocol import DEFAULT_OPTIMIZERS, Job, workloads_of
+from .protocol import DEFAULT_OPTIMIZERS, Job, loadable, workloads_of
 from .roster import own_name
 from .spaces import TARGETS_BY
 from .store import Store
@@ -73,10 +73,16 @@ def add_bench(app: "typer.Typer") -> None:
             chosen_settings(own, optimizers), parse_settings(sets or (), {*optimizers, *map(own_name, optimizers)})
         )
         folder = data_root(data)
+        chosen = workloads_of(tier, workloads)
+        if not workloads:
+            chosen, left_out = loadable(chosen, folder)
+            for name, what in left_out.items():
+                remedy = "see grng bench status" if folder else "give the folder of the data with --data, or GRNG_DATA"
+                typer.echo(f"left out: {name}, for want of {', '.join(what)} ({remedy})", err=True)
         options = {key: value for key, value in options.items() if value is not None}
         options["targets"] = all_targets(options.pop("targets", None) or found.pop("targets", None))
         protocol: dict[str, Any] = {key: found.pop(key) for key in ("studies", "trials", "seeds") if key in found}
-        made = Job(workloads_of(tier, workloads), optimizers, out, folder, settings=settings, **(found | options))
+        made = Job(chosen, optimizers, out, folder, settings=settings, **(found | options))
         return made, protocol
 
     @bench.command("run")
@@ -218,7 +224,7 @@ def show_status(store: Store, data: Path | None, targets: Mapping[str, Target]) 
         table.add_column(heading, justify="left" if i in (0, 1, 3, 5, 8) else "right", no_wrap=not i)
     for name, workload in all_workloads().items():
         own = [o for o in outcomes if o.workload == name]
-        missing = [part for part in workload.data if data is None or not (data / part).exists()]
+        missing = workload.lacks(data)
         trouble = {kind: sum(o.status == kind for o in own) for kind in ("failed", "diverged")}
         table.add_row(
             name,

@@ -16,14 +16,14 @@ SEED = 987_654_321  # of the batch that is looked at, the same one for every opt
 
 
 class Diagnosis:
-    """Measures on one fixed batch, in evaluation mode."""
+    """Measures on one fixed batch, in evaluation mode: before a step (`before`), after it (the call), in the end."""
 
     def __init__(self, task: Task, device: torch.device) -> None:
         self.task, self.device = task, device
         with forked(device):
             torch.manual_seed(SEED)
             self.batch = next(task.batches(SEED))
-        self.before: Tensor | None = None
+        self.last: Tensor | None = None
 
     def gradient(self, model: nn.Module, create_graph: bool = False) -> tuple[Tensor, list[Tensor]]:
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -32,16 +32,24 @@ class Diagnosis:
         pairs = [(g, p) for g, p in zip(found, parameters, strict=True) if g is not None]
         return torch.cat([g.flatten() for g, _ in pairs]), [p for _, p in pairs]
 
-    def __call__(self, model: nn.Module) -> dict[str, float]:
-        """The gradient's norm, and its correlation with that at the evaluation before."""
+    def before(self, model: nn.Module) -> None:
+        """Keep the gradient that `__call__` compares with, a step later."""
+        self.last = self._evaluated(model)
+
+    def _evaluated(self, model: nn.Module) -> Tensor:
         model.eval()
         g, _ = self.gradient(model)
         model.train()
+        return g
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """The gradient's norm, and its correlation with that of a step before."""
+        g = self._evaluated(model)
         row = {"gradient_norm": g.norm().item()}
-        if self.before is not None:
-            a, b = g - g.mean(), self.before - self.before.mean()
-            row["pearson"] = (a @ b / (a.norm() * b.norm()).clamp(min=1e-30)).item()
-        self.before = g
+        if self.last is not None:
+            a, b = g - g.mean(), self.last - self.last.mean()
+            row["pearson"] = (a @ b / (a.norm() * b.norm()).clamp(min=1e-30)).clamp(-1, 1).item()
+            self.last = None
         return row
 
     def sharpness(self, model: nn.Module, restarts: int = 5) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from ..config import resolve_device
 from ..errors import InputError, check_extra, choose
 from ..names import merge, optimizer_of
 from ..workloads import Task, Workload, all_workloads, find_workload
-from ..workloads.named import is_named
 from .roster import contestant_of
 from .search import Search
 from .spaces import ROSTER, SETTERS, TARGETS_BY, Contestant
@@ -268,8 +266,11 @@ class Job:
                 outdated = sum(not self._code(o.optimizer).items() <= o.environment.items() for o in there)
                 replaced = sum(self.store.holds_another(trial) for trial in missing)
                 listener.begin(len(plan), len(there), outdated, replaced)
-                for name in {trial.workload for trial in missing} - tasks.keys():
-                    check_packages(self.known[name])
+                wanted = [name for name in self.known if any(t.workload == name for t in missing)]
+                check_data([self.known[name] for name in wanted], self.data)
+                for name in wanted:
+                    if name in tasks:
+                        continue
                     tasks[name] = self.known[name].load(self.data, self.resolved)
                     self._check_buildable(tasks[name], [t for t in missing if t.workload == name])
                 about = environment(self.resolved)
@@ -313,18 +314,18 @@ class Job:
                 settings = at_length(trial.settings, trial.steps(self.known[trial.workload]))
                 optimizer = make_optimizer(optimizer_of(trial.optimizer), model, **settings)
             except (TypeError, ValueError, ImportError) as error:
+                texts = [f"{key}={value!r}" for key, value in trial.settings.items() if isinstance(value, str)]
+                hint = f" ({', '.join(texts)} is text: give a number if one is wanted)" if texts else ""
                 raise InputError(
-                    f"optimizer {trial.optimizer!r} cannot be built with {dict(trial.settings)}: {error}"
+                    f"optimizer {trial.optimizer!r} cannot be built with {dict(trial.settings)}: {error}{hint}"
                 ) from error
             getattr(optimizer, "close", lambda: None)()
 
 
-def check_packages(workload: Workload) -> None:
-    """Raise InputError unless the packages that the workload needs are installed."""
-    missing = [name for name in workload.needs if find_spec(name) is None]
-    if missing:
-        what = missing[0] if is_named(workload.name) else "'grng[bench,integrations]'"
-        raise InputError(f"workload {workload.name!r} needs {', '.join(missing)}: pip install {what}")
+def check_data(workloads: Sequence[Workload], data: Path | None) -> None:
+    """Raise InputError, which tells all that is missing, unless what the workloads need is there."""
+    if messages := [m for workload in workloads for m in dict.fromkeys(workload.lacks(data).values())]:
+        raise InputError("; ".join(messages))
 
 
 def ended(outcome: Outcome | None) -> bool:
@@ -349,6 +350,14 @@ def workloads_of(tier: str | None, names: Sequence[str]) -> list[str]:
     if names:
         return [find_workload(name).name for name in names]
     return [name for name, workload in all_workloads().items() if tier is None or workload.tier == tier]
+
+
+def loadable(names: Sequence[str], data: Path | None) -> tuple[list[str], dict[str, list[str]]]:
+    """Those of a tier's workloads whose data are there, and what the others lack; raise InputError if none is left."""
+    lacks = {name: find_workload(name).lacks(data) for name in names}
+    if all(lacks.values()):
+        check_data([find_workload(name) for name in names], data)
+    return [name for name in names if not lacks[name]], {name: list(what) for name, what in lacks.items() if what}
 
 
 DEFAULT_OPTIMIZERS = (*(contestant.name for contestant in ROSTER), *SETTERS)

@@ -293,7 +293,7 @@ def diagnosis_section(analysis: Analysis) -> Section:
     ]
     text = (
         "Diagnostics, no evidence of generalisation: the gradient's norm and the largest eigenvalue of the Hessian at "
-        "the end, on one batch, and the correlation of the gradients of consecutive evaluations."
+        "the end, on one batch, and the correlation of its gradients before and after a step."
     )
     return Section("Diagnostics", text, ("workload", "optimizer", *names), rows)
 

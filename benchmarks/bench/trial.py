@@ -199,10 +199,15 @@ def _train(
         rising = round(trial.lr_warmup * steps) if workload.schedule == "cosine" else 0
         schedule = make_schedule(workload.schedule, optimizer, steps, rising)
         diagnosis = Diagnosis(task, device) if trial.diagnose else None
-        keeper = Keeper(checkpoint, trial, model, stepper, schedule, diagnosis, device)
+        keeper = Keeper(checkpoint, trial, model, stepper, schedule, device)
         trace = keeper.restore(outcome)
         batches = task.batches_from(trial.seed, len(trace.losses))
         keeper.restore_generators()
+
+        def before_last() -> None:
+            assert diagnosis
+            with forked(device), unwatched(optimizer):
+                diagnosis.before(model)
 
         def evaluated(trace: Trace) -> None:
             row = {
@@ -220,7 +225,8 @@ def _train(
             keeper.save(trace, outcome)
             on_evaluation(outcome)
 
-        trace = fit(stepper, schedule, batches, steps, every, device, evaluated, trace)
+        watched = before_last if diagnosis else None
+        trace = fit(stepper, schedule, batches, steps, every, device, evaluated, trace, watched)
         if trace.diverged:
             outcome.status = "diverged"
             outcome.message = f"the training loss was not finite by step {len(trace.losses)}"
@@ -293,11 +299,10 @@ class Keeper:
         model: nn.Module,
         stepper: Stepper,
         schedule: Any,
-        diagnosis: Diagnosis | None,
         device: torch.device,
     ) -> None:
         self.path, self.trial, self.model, self.stepper, self.schedule = path, trial, model, stepper, schedule
-        self.diagnosis, self.device, self.saved = diagnosis, device, time.monotonic()
+        self.device, self.saved = device, time.monotonic()
         self.generators: dict[str, Tensor] = {}
 
     def save(self, trace: Trace, outcome: Outcome) -> None:
@@ -309,7 +314,6 @@ class Keeper:
             "optimizer": self.stepper.optimizer.state_dict(),
             "schedule": self.schedule.state_dict() if self.schedule else None,
             "evaluations": self.stepper.evaluations,
-            "gradient": self.diagnosis.before if self.diagnosis else None,
             "trace": asdict(trace),
             "rows": outcome.rows,
             "continued": outcome.continued,
@@ -335,8 +339,6 @@ class Keeper:
         if self.schedule:
             self.schedule.load_state_dict(state["schedule"])
         self.stepper.before = state["evaluations"] - self.stepper.evaluations  # some count on from their state
-        if self.diagnosis:
-            self.diagnosis.before = None if state["gradient"] is None else state["gradient"].to(self.device)
         outcome.rows, outcome.continued = state["rows"], state["continued"] + 1
         outcome.environment = followed(state["environment"], outcome.environment)
         self.generators = state["generators"]

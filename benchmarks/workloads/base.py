@@ -1,8 +1,10 @@
 """What a workload is: a training problem with its data, model, loss, metric and budget."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -80,6 +82,7 @@ class Workload:
         goal: whether the metric is to become small or large.
         data: the folders or files that `load` looks for under the folder of all data sets.
         needs: packages beyond the extra "bench".
+        also: what else is needed, by name: looks for it, and raises InputError where it is not.
         schedule: of the learning rate: "cosine", after a linear warm-up, or "constant".
     """
 
@@ -94,7 +97,24 @@ class Workload:
     goal: Literal["min", "max"]
     data: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    also: Mapping[str, Callable[[Path | None], object]] = field(default_factory=dict)
     schedule: Literal["cosine", "constant"] = "cosine"
+
+    def lacks(self, root: Path | None) -> dict[str, str]:
+        """What `load` would miss, by name, and a message with the remedy; nothing is read for it."""
+        looks: dict[str, Callable[[Path | None], object]] = {}
+        looks |= {part: partial(folder_of, name=part, workload=self.name) for part in self.data}
+        missing = {}
+        for name, look in (looks | dict(self.also)).items():
+            try:
+                look(root)
+            except InputError as error:
+                missing[name] = str(error)
+        if packages := [name for name in self.needs if find_spec(name) is None]:
+            what = packages[0] if ":" in self.name else "'grng[bench,integrations]'"  # as in timm:NAME
+            message = f"workload {self.name!r} needs {', '.join(packages)}: pip install {what}"
+            missing |= dict.fromkeys(packages, message)
+        return missing
 
 
 @dataclass
@@ -205,6 +225,10 @@ def folder_of(root: Path | None, name: str, workload: str) -> Path:
             f"workload {workload!r} needs the data set {name!r}: give the folder it lies in with --data, or GRNG_DATA"
         )
     if not (root / name).exists():
-        found = ", ".join(sorted(p.name for p in root.iterdir())) if root.is_dir() else "no such folder"
-        raise InputError(f"workload {workload!r} needs {root / name}, which is not there ({found})")
+        there = sorted(p.name for p in root.iterdir()) if root.is_dir() else None
+        found = f"it has {', '.join(there) or 'nothing'}" if there is not None else "there is no such folder"
+        raise InputError(
+            f"workload {workload!r} needs {root / name}, which is not there ({found}): give the folder that "
+            f"{name!r} lies in with --data, or GRNG_DATA"
+        )
     return root / name

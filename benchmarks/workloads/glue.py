@@ -204,6 +204,7 @@ WORKLOADS = [
         goal="max",
         data=(task,),
         needs=("transformers", "peft") if way == "lora" else ("transformers",),
+        also={MODEL: partial(model_folder, workload=f"{task}-{way}")},
     )
     for task, (title, steps, every) in BUDGETS.items()
     for way, about in (("lora", "with LoRA of rank 8"), ("full", "fine-tuned whole"))

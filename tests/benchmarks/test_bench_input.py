@@ -10,9 +10,11 @@ import torch
 from grng.benchmarks.bench import Job, protocol, workloads_of
 from grng.benchmarks.bench.cli import names
 from grng.benchmarks.bench.recipes import read_bench_recipe
+from grng.benchmarks.bench.store import Store
 from grng.benchmarks.bench.targets import read_targets, write_targets
 from grng.benchmarks.cli import make_app
 from grng.benchmarks.errors import InputError, MissingExtra
+from grng.benchmarks.workloads import Workload
 from typer.testing import CliRunner
 
 from .bench_tools import Ear, small_workload
@@ -65,7 +67,7 @@ def test_bad_jobs_are_refused_before_anything_is_made(tmp_path, changes, message
             None,
             "needs the data set 'fashion_mnist': give the folder it lies in with --data, or GRNG_DATA",
         ),
-        ("fashion-cnn", "here", "fashion_mnist, which is not there"),
+        ("fashion-cnn", "here", r"fashion_mnist, which is not there \(it has out\): give .* with --data"),
         ("packaged", None, r"'packaged' needs no_such_package, nor_this: pip install 'grng\[bench,integrations\]'"),
     ],
 )
@@ -79,6 +81,45 @@ def test_missing_data_and_packages(tmp_path, monkeypatch, name, data, message):
         with pytest.raises(InputError, match=message):
             make()
     assert ear.titles == []
+
+
+def test_all_that_is_missing_is_named_at_once(tmp_path):
+    job = Job(["uci-energy", "fashion-cnn", "mnist1d-cnn", "digits-mlp"], ["adamw"], tmp_path / "out", tmp_path / "no")
+    with pytest.raises(InputError, match=r"uci_regression.*no such folder.*fashion_mnist.*mnist1d") as told:
+        job.run(1, False)
+    assert str(told.value).count("; ") == 2
+
+
+@pytest.mark.parametrize("command", ["run", "tune"])
+def test_a_tier_leaves_out_what_lacks_data_and_says_so(tmp_path, monkeypatch, command):
+    known = {
+        "small": small_workload(),
+        "other": small_workload("other", data=("absent", "also_absent")),
+        "third": small_workload("third", needs=("no_such_package",)),
+    }
+    monkeypatch.setattr(protocol, "all_workloads", lambda: known)
+    monkeypatch.setattr(protocol, "find_workload", known.__getitem__)
+    (tmp_path / "data").mkdir()
+    options = "--tier", "fast", "--optimizer", "sgd", "--budget", "0.5", "--out", tmp_path / "out"
+    options = *options, *(("--seeds", 1, "--no-diagnose") if command == "run" else ("--studies", 1, "--trials", 1))
+    result = call(command, *options, "--data", tmp_path / "data")
+    assert result.exit_code == 0, result.output
+    assert [line.split(" (")[0] for line in result.stderr.splitlines()] == [
+        "left out: other, for want of absent, also_absent",
+        "left out: third, for want of no_such_package",
+    ]
+    assert {o.workload for o in Store(tmp_path / "out").outcomes()} == {"small"}
+    del known["small"]
+    result = call(command, *options, "--data", tmp_path / "data")
+    assert result.exit_code == 2
+    assert "workload 'other' needs" in result.stderr
+    assert "workload 'third' needs no_such_package" in result.stderr
+
+
+def test_a_text_where_a_number_is_wanted_is_pointed_out(tmp_path):
+    result = call("run", *QUICK, "--out", tmp_path / "out", "--set", "adamw.lr=abc")
+    assert result.exit_code == 2
+    assert "lr='abc' is text: give a number if one is wanted" in result.stderr
 
 
 @pytest.mark.parametrize("settings", [{"learning": 1}, {"lr": -1.0}, {"gnp": {"r": 1}}])
@@ -199,8 +240,9 @@ weight_decay = 0.5
 
 @pytest.fixture
 def jobs(monkeypatch):
-    """The jobs that commands make, and how they are called; nothing runs."""
+    """The jobs that commands make, and how they are called; nothing runs, and no data is missing."""
     found = []
+    monkeypatch.setattr(Workload, "lacks", lambda workload, root: {})
     for phase in ("run", "tune"):
         monkeypatch.setattr(Job, phase, lambda job, *rest: found.append((job, rest)) or [])
     return found

@@ -1,5 +1,6 @@
 """One run: fairness, what it records, what goes wrong, and going on after it was killed."""
 
+import itertools
 import json
 import math
 import time
@@ -9,8 +10,9 @@ import pytest
 import torch
 from grng.benchmarks.bench import Trial, run_trial
 from grng.benchmarks.bench import trial as trial_module
+from grng.benchmarks.bench.diagnosis import Diagnosis
 from grng.benchmarks.bench.listener import describe
-from grng.benchmarks.loop import WARM_UP_STEPS
+from grng.benchmarks.loop import WARM_UP_STEPS, fit
 from grng.benchmarks.records import storable
 from torch.nn import functional as F
 
@@ -270,10 +272,53 @@ def test_diagnostics_do_not_change_the_run(name):
     run(of(name), plain, steps=24)
     outcome = run(of(name, diagnose=True), watched, steps=24)
     assert all(row["gradient_norm"] > 0 for row in outcome.rows)
-    assert ["pearson" in row for row in outcome.rows] == [False, *[True] * 7]
-    assert -1 <= outcome.rows[1]["pearson"] <= 1
+    assert len(outcome.rows) == 8
+    assert all(-1 <= row["pearson"] <= 1 for row in outcome.rows)
     assert math.isfinite(outcome.diagnosis["sharpness"])
     assert torch.equal(plain.weights[0], watched.weights[0])
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.01, 3.0])
+def test_pearson_is_of_the_gradients_before_and_after_a_step(scale):
+    task = small_task()
+    torch.manual_seed(1)
+    model = task.model()
+    diagnosis = Diagnosis(task, CPU)
+    gradients = []
+    for _ in range(2):
+        task.loss(model, diagnosis.batch).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        if len(gradients) == 1:
+            diagnosis.before(model)
+        for p in model.parameters():
+            p.data.add_(torch.randn_like(p), alpha=scale)
+            p.grad = None
+        if len(gradients) == 1:
+            row = diagnosis(model)
+    assert row["pearson"] == pytest.approx(torch.corrcoef(torch.stack(gradients))[0, 1].item(), rel=1e-4, abs=1e-5)
+    assert row["gradient_norm"] == pytest.approx(gradients[1].norm().item(), rel=1e-5)
+    assert "pearson" not in diagnosis(model)  # nothing was measured a step before
+
+
+@pytest.mark.parametrize("every", [1, 3, 4])
+def test_the_clock_stands_while_something_is_measured_before_a_step(every):
+    steps, seen = [], []
+
+    def stepper(batch):
+        steps.append(batch)
+        return torch.zeros(())
+
+    def before_last():
+        seen.append(len(steps))
+        time.sleep(0.02)
+
+    trace = fit(stepper, None, itertools.count(), 9, every, CPU, lambda trace: None, None, before_last)
+    ends = sorted({*range(every, 10, every), 9})
+    assert seen == [end - 1 for end in ends]
+    assert steps == list(range(9))
+    assert len(trace.losses) == len(trace.step_seconds) == 9
+    assert trace.seconds < 0.02 * len(ends)
+    assert trace.seconds == pytest.approx(sum(trace.step_seconds))
 
 
 def test_a_run_that_goes_on_with_other_code_is_neither_ones(tmp_path, monkeypatch):

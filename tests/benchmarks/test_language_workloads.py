@@ -508,6 +508,14 @@ def test_data_that_is_missing_is_named(name, tmp_path):
         workload.load(tmp_path, CPU)
 
 
+def test_a_pretrained_model_that_is_missing_is_known_before_loading(root, minilm, monkeypatch, tmp_path):
+    workload = find_workload("sst2-full")
+    assert workload.lacks(root) == {}
+    monkeypatch.setenv(glue.VARIABLE, str(tmp_path / "none"))
+    assert list(workload.lacks(root)) == [glue.MODEL]
+    assert "give the folder of all-MiniLM-L6-v2" in workload.lacks(root)[glue.MODEL]
+
+
 def test_files_that_cannot_be_read_are_named(root):
     (root / "classics" / "train.txt.bz2").write_bytes(b"no archive")
     with pytest.raises(InputError, match="fetch the file again"):
