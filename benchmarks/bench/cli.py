@@ -44,6 +44,9 @@ def add_bench(app: "typer.Typer") -> None:
     Device = Annotated[str | None, typer.Option(help="cpu, cuda or auto. [default: auto]")]
     Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. [default: 1]")]
     Budget = Annotated[float | None, typer.Option(help="Times every workload's steps: 0.1 for a first look.")]
+    Warmup = Annotated[
+        float | None, typer.Option(help="Part of a run over which the rate rises; from 1 on, steps. [default: 0.05]")
+    ]
     Sets = Annotated[list[str] | None, typer.Option("--set", help="A setting, as adamw.lr=1e-3; repeatable.")]
     Recipe = Annotated[Path | None, typer.Option(help="TOML file of these options; those given here win.")]
     Targets = Annotated[Path | None, typer.Option(help="File of targets of one's own, as grng bench targets writes.")]
@@ -96,6 +99,7 @@ def add_bench(app: "typer.Typer") -> None:
         device: Device = None,
         threads: Threads = None,
         budget: Budget = None,
+        lr_warmup: Warmup = None,
         sets: Sets = None,
         recipe: Recipe = None,
         aim: Aim = None,
@@ -109,7 +113,7 @@ def add_bench(app: "typer.Typer") -> None:
         """Run seeds at given settings, at the best of a search in the same folder, or at the defaults."""
         with refusals("run"):
             options: dict[str, Any] = {"device": device, "threads": threads, "budget": budget, "aim": aim}
-            options |= {"clock": clock, "targets": targets}
+            options |= {"clock": clock, "targets": targets, "lr_warmup": lr_warmup}
             made, protocol = job(recipe, out, workload, optimizer, tier, data, sets, **options)
             with tables(made.store):
                 outcomes = made.run(seeds or protocol.get("seeds", 10), diagnose, default_listener(out, log))
@@ -127,6 +131,7 @@ def add_bench(app: "typer.Typer") -> None:
         device: Device = None,
         threads: Threads = None,
         budget: Budget = None,
+        lr_warmup: Warmup = None,
         sets: Sets = None,
         recipe: Recipe = None,
         aim: Aim = None,
@@ -134,7 +139,7 @@ def add_bench(app: "typer.Typer") -> None:
     ) -> None:
         """Search the published spaces: the same number of quasi-random trials for everybody, none of them pruned."""
         with refusals("tune"):
-            options = {"device": device, "threads": threads, "budget": budget, "aim": aim}
+            options = {"device": device, "threads": threads, "budget": budget, "aim": aim, "lr_warmup": lr_warmup}
             made, protocol = job(recipe, out, workload, optimizer, tier, data, sets, **options)
             studies, trials = studies or protocol.get("studies", 3), trials or protocol.get("trials", 5)
             with tables(made.store):

@@ -51,7 +51,7 @@ class Job:
         out: folder of the results; what is there is not run again.
         data: folder of the data sets.
         budget: times every workload's steps: below 1 for a first look, above for a published length.
-        lr_warmup: part of every run over which the learning rate rises.
+        lr_warmup: part of every run over which the learning rate rises; from 1 on, steps.
         settings: by the optimizer's name, over what is found otherwise.
         clock: what "fastest" is measured by when the best setting is chosen.
         aim: "time": lengths are searched, and the best trial is the first at the target; "value": all run at the full
@@ -78,8 +78,10 @@ class Job:
             raise InputError(
                 f"budget is {self.budget!r}: give the length as a multiple of the workloads' steps, above 0"
             )
-        if not 0 <= self.lr_warmup < 1:
-            raise InputError(f"lr_warmup is {self.lr_warmup!r}: give a part of the run, 0 or more and below 1")
+        if not (0 <= self.lr_warmup < 1 or (self.lr_warmup >= 1 and float(self.lr_warmup).is_integer())):
+            raise InputError(
+                f"lr_warmup is {self.lr_warmup!r}: give a part of the run, from 0 to below 1, or whole steps"
+            )
         if self.clock not in CLOCKS:
             raise InputError(f"unknown clock {self.clock!r}: choose one of {', '.join(CLOCKS)}")
         choose("aim", self.aim, AIMS)
@@ -265,6 +267,8 @@ class Job:
                         told(trial, outcome)  # unless it was, before the job was killed
                 outdated = sum(not self._code(o.optimizer).items() <= o.environment.items() for o in there)
                 replaced = sum(self.store.holds_another(trial) for trial in missing)
+                for trial in missing:
+                    trial.rising(self.known[trial.workload])
                 listener.begin(len(plan), len(there), outdated, replaced)
                 wanted = [name for name in self.known if any(t.workload == name for t in missing)]
                 check_data([self.known[name] for name in wanted], self.data)

@@ -14,6 +14,7 @@ import torch
 from grng.baselines import make_optimizer
 from torch import Tensor, nn
 
+from ..errors import InputError
 from ..loop import (
     Stepper,
     Trace,
@@ -46,7 +47,7 @@ class Trial:
         phase: "tune" or "run".
         study, number: its place in the search; of a run, the study is the seed.
         budget: times the workload's steps.
-        lr_warmup: part of the run over which the learning rate rises, where the workload has a schedule.
+        lr_warmup: part of the run, from 1 on steps, over which the learning rate rises where there is a schedule.
         diagnose: measure gradients and sharpness beside the run.
     """
 
@@ -70,6 +71,17 @@ class Trial:
 
     def steps(self, workload: Workload) -> int:
         return max(1, round(workload.steps * self.budget * self.horizon))
+
+    def rising(self, workload: Workload) -> int:
+        """Steps over which the learning rate rises; raise InputError where that leaves none."""
+        steps = self.steps(workload)
+        rising = round(self.lr_warmup * (steps if self.lr_warmup < 1 else 1)) if workload.schedule == "cosine" else 0
+        if self.lr_warmup >= 1 and rising >= steps:
+            raise InputError(
+                f"lr_warmup is {self.lr_warmup:g} steps, and a run of {self.title} has {steps}: give fewer steps, a "
+                "part of the run below 1, or a larger budget"
+            )
+        return rising
 
     @property
     def title(self) -> str:
@@ -196,8 +208,7 @@ def _train(
     gc.collect()
     with closing(make(model)) as optimizer:
         stepper = Stepper(model, optimizer, task.loss)
-        rising = round(trial.lr_warmup * steps) if workload.schedule == "cosine" else 0
-        schedule = make_schedule(workload.schedule, optimizer, steps, rising)
+        schedule = make_schedule(workload.schedule, optimizer, steps, trial.rising(workload))
         diagnosis = Diagnosis(task, device) if trial.diagnose else None
         keeper = Keeper(checkpoint, trial, model, stepper, schedule, device)
         trace = keeper.restore(outcome)

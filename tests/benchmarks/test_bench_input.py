@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import sys
 from dataclasses import replace
 
@@ -41,7 +42,7 @@ BAD = [
         for budget in (0, -0.1, float("inf"), float("nan"))
     ),
     ({"settings": {"soap": {"lr": 1}}}, "settings for 'soap', which takes no part: choose adamw"),
-    *(({"lr_warmup": part}, f"lr_warmup is {part!r}: give a part of the run") for part in (-0.1, 1, float("nan"))),
+    *(({"lr_warmup": x}, f"lr_warmup is {x!r}: give a part of the run") for x in (-0.1, 1.5, math.inf, math.nan)),
     ({"threads": 0}, "threads is 0: give a whole number of 1 or more"),
     ({"aim": "both"}, "unknown aim 'both': choose one of time, value"),
     *(
@@ -149,6 +150,7 @@ def test_a_missing_optuna_is_named_with_the_remedy(tmp_path, monkeypatch):
         (("--budget", "-2"), "budget is -2.0: give"),
         (("--device", "tpu"), "unknown device 'tpu'"),
         (("--set", "adamw.lr"), "--set 'adamw.lr' is malformed"),
+        (("--lr-warmup", "5000", "--budget", "1"), "lr_warmup is 5000 steps, and a run of digits-mlp, adamw, "),
         (("--set", "soap.lr=1"), "settings for 'soap', which takes no part"),
         (("--set", "adamw.rate=1"), "optimizer 'adamw' cannot be built with {"),
         (("--recipe", "none.toml"), "recipe none.toml cannot be read"),
@@ -254,6 +256,7 @@ def jobs(monkeypatch):
         ((), {}),
         (("--budget", "0.01"), {"budget": 0.01}),
         (("--clock", "seconds"), {"clock": "seconds"}),
+        (("--lr-warmup", "20"), {"lr_warmup": 20.0}),
         (("--optimizer", "adamw"), {"optimizers": ("adamw",)}),
         (("--workload", "digits-mlp"), {}),
         (("--tier", "fast"), {"workloads": workloads_of("fast", [])}),
@@ -267,12 +270,13 @@ def test_a_recipe_gives_options_and_the_command_line_overrides_them(tmp_path, jo
     result = call("run", "--recipe", tmp_path / "job.toml", "--out", tmp_path / "out", *arguments)
     assert result.exit_code == 0, repr(result.exception)
     [(job, (seeds, *_))] = jobs
-    found = {key: getattr(job, key) for key in ("budget", "clock", "device", "threads", "settings")}
+    found = {key: getattr(job, key) for key in ("budget", "lr_warmup", "clock", "device", "threads", "settings")}
     found |= {"optimizers": tuple(job.optimizers), "workloads": list(job.workloads), "seeds": seeds}
     assert (
         found
         == {
             "budget": 0.005,
+            "lr_warmup": 0.05,
             "clock": "step",
             "device": "cpu",
             "threads": 1,

@@ -12,6 +12,7 @@ from grng.benchmarks.bench import Trial, run_trial
 from grng.benchmarks.bench import trial as trial_module
 from grng.benchmarks.bench.diagnosis import Diagnosis
 from grng.benchmarks.bench.listener import describe
+from grng.benchmarks.errors import InputError
 from grng.benchmarks.loop import WARM_UP_STEPS, fit
 from grng.benchmarks.records import storable
 from torch.nn import functional as F
@@ -263,6 +264,19 @@ def test_diagnostics_go_on_too(tmp_path, monkeypatch):
     first, second, *weights = killed_and_continued(trial, tmp_path / "checkpoint.pt", monkeypatch)
     assert torch.equal(*weights)
     assert untimed(first.rows) == untimed(second.rows)
+
+
+@pytest.mark.parametrize(
+    ("lr_warmup", "horizon", "rising"),
+    [(0.0, 1.0, 0), (0.25, 1.0, 10), (0.25, 0.5, 5), (7, 1.0, 7), (7, 0.5, 7), (1, 0.5, 1)],
+)
+def test_a_rate_rises_over_a_part_of_the_run_or_so_many_steps(lr_warmup, horizon, rising):
+    trial = replace(ADAMW, lr_warmup=lr_warmup, horizon=horizon)
+    workload = small_workload(steps=40)
+    assert trial.rising(workload) == rising
+    assert trial.rising(replace(workload, schedule="constant")) == 0
+    with pytest.raises(InputError, match=r"lr_warmup is 40 steps, and a run of small, .* has 40: give fewer"):
+        replace(ADAMW, lr_warmup=40).rising(workload)
 
 
 @pytest.mark.parametrize("name", ["adamw", "ring", "kalman", "sophia-g", "sophia-g+agr", "soap+gnp"])

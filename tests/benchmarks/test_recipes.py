@@ -28,8 +28,8 @@ RUNS = [
 
 def test_there_are_recipes():
     assert {"regularizers-digits", "regularizers-fashion", "regularizers-cost"} <= {r.stem for r in RECIPES}
-    known = {"gnp-cifar10", "gnp-shake", "gnp-imagenet", "gnp-vit-cifar10", "agr-cifar100", "agr-ddpm", "agr-albert"}
-    known |= {"agr-tinyimagenet"}
+    known = {"gnp-cifar10", "gnp-shake", "gnp-shakedrop", "gnp-imagenet", "gnp-vit-cifar10"}
+    known |= {"agr-cifar100", "agr-ddpm", "agr-albert", "agr-tinyimagenet"}
     assert known | {
         "grng-glue",
         "grng-cifar10",
