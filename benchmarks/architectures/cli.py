@@ -16,12 +16,12 @@ from grng.checkup import Checkup
 from grng.invariance import Loss, put_back
 
 from ..errors import InputError, choose
-from ..workloads.named import build_named, is_named
+from ..workloads.named import build_named, is_language, is_named
 
 if TYPE_CHECKING:
     import typer
 
-SIDE = "4,3,32,32"
+SIDE, WINDOWS, TOKENS = "4,3,32,32", "4,17", 65
 Checked = tuple[nn.Module, Any, Loss | None]
 
 
@@ -92,6 +92,9 @@ def find(name: str, shape: str | None) -> Checked:
             raise InputError(f"{name!r} needs the package {row.needs}: pip install {row.needs}")
         model = row.make()
         return model, row.batch(model, 4), row.value
+    if is_language(name):
+        torch.manual_seed(0)
+        return build_named(name, TOKENS), torch.randint(TOKENS, sizes_of(shape or WINDOWS)), next_token_loss
     if is_named(name):
         return build_named(name, 10), random_input(shape or SIDE), None
     if ":" not in name:
@@ -154,15 +157,23 @@ def from_file(path: Path) -> Any:
     return module
 
 
+def next_token_loss(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+
 def random_input(shape: str) -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.randn(sizes_of(shape))
+
+
+def sizes_of(shape: str) -> list[int]:
     try:
         sizes = [int(n) for n in shape.replace("x", ",").split(",")]
     except ValueError:
         sizes = []
     if not sizes or min(sizes) < 1:
         raise InputError(f"--input {shape!r} is no shape: write sizes, samples first, as 8,3,32,32")
-    torch.manual_seed(0)
-    return torch.randn(sizes)
+    return sizes
 
 
 STYLES = {"verified": "green", "approximation": "cyan", "fallback": "yellow", "unused": "dim", "wrong": "bold red"}

@@ -67,7 +67,7 @@ cannot prove is a virtue. Most can be told to leave out what they do not support
 
     grng check my_module:make                     # returns (model, inputs, loss), with loss(model, inputs)
     grng check my_file.py:make --input 8,3,32,32  # returns the model alone
-    grng check transformers:FOLDER                # an image classifier from a config.json
+    grng check transformers:FOLDER                # an image classifier or causal language model, from its config.json
     grng check gpt2                               # a row of this table
 
 It takes two steps of each variant, prints how every parameter is treated and why, and tries what must not change:

@@ -13,7 +13,7 @@ and a head of its own. WikiText-2 has an end of line after every line; the head 
 embedding. Of the classics no author is in two splits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import log
@@ -144,26 +144,40 @@ SIZES = {
 
 def load(name: str, root: Path | None, device: torch.device) -> Passages:
     size = SIZES[name]
-    folder = folder_of(root, size.data, name)
-    _, read, finish = CORPORA[size.data]
+    given = (size.width, size.depth, size.heads, size.block, size.dropout, size.tied)
+    return passages(name, size.data, root, lambda vocabulary: GPT(vocabulary, *given), size.block, size.batch, device)
+
+
+def passages(
+    name: str,
+    data: str,
+    root: Path | None,
+    build: Callable[[int], nn.Module],
+    block: int,
+    batch: int,
+    device: torch.device,
+) -> Passages:
+    """The task of predicting the next token of a corpus, by the network that `build` makes for so many tokens."""
+    folder = folder_of(root, data, name)
+    _, read, finish = CORPORA[data]
     tokens, vocabulary = read(folder)
     for split, found in tokens.items():
-        if len(found) <= size.block:
+        if len(found) <= block:
             raise InputError(
-                f"workload {name!r}: {folder} has {len(found)} tokens for {split!r}, no window of {size.block} and one "
+                f"workload {name!r}: {folder} has {len(found)} tokens for {split!r}, no window of {block} and one "
                 "after it: give more text"
             )
     train = tokens["train"].to(device)
     return Passages(
         {"train": (train[:-1], train[1:])}
-        | {split: side_by_side(tokens[split].to(device), size.block) for split in ("validation", "test")},
-        partial(GPT, vocabulary, size.width, size.depth, size.heads, size.block, size.dropout, size.tied),
+        | {split: side_by_side(tokens[split].to(device), block) for split in ("validation", "test")},
+        partial(build, vocabulary),
         nats,
         lambda output, targets: {},
-        size.batch,
+        batch,
         fingerprint=fingerprint_of(*tokens.values()),
         finish=finish,
-        block=size.block,
+        block=block,
     )
 
 

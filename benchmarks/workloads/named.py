@@ -1,13 +1,14 @@
-"""Any image classifier of timm or transformers, by name, on CIFAR-10 and from random weights.
+"""Any image classifier of timm or transformers, and any causal language model of transformers, by name and from random
+weights: on CIFAR-10, or on Tiny Shakespeare by characters.
 
     timm:NAME             what timm.create_model knows, as timm:resnet18
-    transformers:NAME     a model type with its own defaults, but for images of 32 pixels in patches of 4
-    transformers:FOLDER   the config.json in it, as it is but for the number of classes
+    transformers:NAME     a model type with its own defaults, as vit or gpt2; for images of 32 pixels in patches of 4
+    transformers:FOLDER   the config.json in it, as it is but for the number of classes or characters
 
 Neither package comes with the benchmarks (timm brings torchvision along), and nothing is downloaded.
 """
 
-from collections.abc import Callable
+import json
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -21,22 +22,24 @@ from ..loop import forked
 from .base import Supervised, Workload, folder_of
 from .cifar10 import classify
 from .cifar_files import SIDE
+from .gpt import passages
 
 PACKAGES = ("timm", "transformers")
 BATCH = 128
 EPOCH = 45_000 // BATCH
 PATCH = 4
+BLOCK, WINDOWS = 256, 64  # tokens of a window at most, windows a step: those of shakespeare-gpt
 
 
 class Logits(nn.Module):
-    """A transformers classifier as a function of the images."""
+    """A model of transformers as a function of what it calls `argument`."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, argument: str) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.argument = model, argument
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model(pixel_values=x).logits
+        return self.model(**{self.argument: x}).logits
 
 
 def is_named(name: str) -> bool:
@@ -53,11 +56,25 @@ def named_workload(name: str) -> Workload:
     package, _, model = name.partition(":")
     if package not in PACKAGES or not model:
         raise InputError(f"no workload {name!r}: give timm:NAME, transformers:NAME or transformers:FOLDER")
+    if is_language(name):
+        return Workload(
+            name=name,
+            about=f"{model} of {package} on Tiny Shakespeare by characters",
+            tier="full",
+            load=partial(load_text, name),
+            batch_size=WINDOWS,
+            steps=5000,
+            evaluate_every=250,
+            metric="loss",
+            goal="min",
+            data=("tinyshakespeare",),
+            needs=(package,),
+        )
     return Workload(
         name=name,
         about=f"{model} of {package} on CIFAR-10",
         tier="full",
-        load=partial(load, name),
+        load=partial(load_images, name),
         batch_size=BATCH,
         steps=100 * EPOCH,
         evaluate_every=EPOCH,
@@ -68,43 +85,72 @@ def named_workload(name: str) -> Workload:
     )
 
 
-def load(name: str, root: Path | None, device: torch.device) -> Supervised:
+def is_language(name: str) -> bool:
+    """Whether a name such as transformers:gpt2 is that of a causal language model."""
+    package, _, model = name.partition(":")
+    if package != "transformers":
+        return False
+    file = Path(model).expanduser() / "config.json"
+    try:
+        kind = json.loads(file.read_text("utf-8")).get("model_type") if file.is_file() else model
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as LANGUAGE
+    except (ImportError, ValueError, AttributeError, OSError):  # which loading tells
+        return False
+    return kind in LANGUAGE
+
+
+def load_images(name: str, root: Path | None, device: torch.device) -> Supervised:
     task = classify(folder_of(root, "cifar10", name), partial(build_named, name), BATCH, device)
-    try_out(name, task.build, task.splits["test"][0][:2])
+    try_out(name, task, f"images of {SIDE} pixels")
+    return task
+
+
+def load_text(name: str, root: Path | None, device: torch.device) -> Supervised:
+    folder_of(root, "tinyshakespeare", name)
+    longest = getattr(config_of(name.partition(":")[2]), "max_position_embeddings", BLOCK)
+    block = min(BLOCK, longest)
+    task = passages(name, "tinyshakespeare", root, partial(build_named, name), block, WINDOWS, device)
+    try_out(name, task, f"windows of {block} tokens")
     return task
 
 
 def build_named(name: str, classes: int) -> nn.Module:
+    """The model of a name such as timm:resnet18, for so many classes or different tokens."""
     package, _, model = name.partition(":")
     try:
         if package == "timm":
             return import_module("timm").create_model(model, pretrained=False, num_classes=classes, in_chans=3)
-        from transformers import AutoModelForImageClassification
+        import transformers
 
-        return Logits(AutoModelForImageClassification.from_config(config_of(model, classes)))
+        if is_language(name):
+            config = config_of(model, vocab_size=classes, use_cache=False)
+            return Logits(transformers.AutoModelForCausalLM.from_config(config), "input_ids")
+        config = config_of(model, num_labels=classes)
+        return Logits(transformers.AutoModelForImageClassification.from_config(config), "pixel_values")
     except ImportError as error:
         raise InputError(f"workload {name!r} needs the package {package} ({error}): pip install {package}") from error
     except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise InputError(f"{package} makes no image classifier of {model!r}: {error}") from error
+        raise InputError(f"{package} makes no classifier and no language model of {model!r}: {error}") from error
 
 
-def config_of(model: str, classes: int) -> Any:
+def config_of(model: str, **changes: Any) -> Any:
     from transformers import AutoConfig
 
     folder = Path(model).expanduser()
     if folder.exists():
-        return AutoConfig.from_pretrained(folder, local_files_only=True, num_labels=classes)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, **changes)
     usual = AutoConfig.for_model(model)
     sizes = {"image_size": SIDE, "patch_size": PATCH}
     known = {key: size for key, size in sizes.items() if isinstance(getattr(usual, key, None), int)}
-    return AutoConfig.for_model(model, num_labels=classes, **known)
+    return AutoConfig.for_model(model, **changes, **known)
 
 
-def try_out(name: str, build: Callable[[], nn.Module], x: Tensor) -> None:
-    """Raise InputError for a model that does not take the images, as one for images of 224 pixels may not."""
+def try_out(name: str, task: Supervised, what: str) -> None:
+    """Raise InputError for a model that does not take the inputs, as one for images of 224 pixels may not."""
+    x = task.splits["test"][0][:2]
     with forked(x.device), torch.no_grad():
-        model = build().to(x.device).eval()
+        model = task.build().to(x.device).eval()
         try:
             model(x)
         except Exception as error:  # whatever a model raises for the wrong size
-            raise InputError(f"workload {name!r}: the model takes no images of {SIDE} pixels ({error})") from error
+            raise InputError(f"workload {name!r}: the model takes no {what} ({error})") from error

@@ -259,6 +259,17 @@ def test_a_row_of_the_grid(row: str) -> None:
     assert call(row).exit_code == 0
 
 
+def test_a_language_model_from_its_configuration(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    small = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    LlamaConfig(**small, hidden_size=16, intermediate_size=32).save_pretrained(tmp_path)
+    for shape in ((), ("--input", "3,9")):
+        result = call(f"transformers:{tmp_path}", *shape)
+        assert result.exit_code == 0, result.output
+        assert "ok: 24 verified, 0 approximation, 0 fallback" in result.stdout.splitlines()[-1]
+
+
 BAD = [
     ((), "no MODEL: give MODULE:CALLABLE"),
     (("nothing",), "no model 'nothing': give MODULE:CALLABLE, FILE.py:CALLABLE, timm:NAME, or one of mlp, "),

@@ -402,7 +402,7 @@ def test_a_model_of_transformers(root):
 def test_a_type_of_transformers_is_fitted_to_the_images():
     from grng.benchmarks.workloads.named import config_of
 
-    config = config_of("vit", 7)
+    config = config_of("vit", num_labels=7)
     assert (config.image_size, config.patch_size, config.num_labels) == (32, 4, 7)
 
 

@@ -15,6 +15,7 @@ from grng.benchmarks.errors import InputError
 from grng.benchmarks.loop import Stepper
 from grng.benchmarks.networks.gpt import GPT
 from grng.benchmarks.workloads import albert, find_workload, glue, gpt, text
+from grng.benchmarks.workloads.named import build_named, is_language
 from torch import nn
 from torch.nn import functional as F
 
@@ -489,6 +490,51 @@ def test_a_model_that_cannot_be_read_is_refused(root, minilm, content):
         (minilm / "model.safetensors").write_bytes(content)
     with pytest.raises(InputError, match="no model and tokenizer"):
         glue.load("sst2", "full", root, CPU)
+
+
+# Language models by name.
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Configurations of small causal language models, and of what is none."""
+    from transformers import GPT2Config, LlamaConfig
+
+    small = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16}
+    GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=24).save_pretrained(tmp_path / "gpt2")
+    LlamaConfig(**small, num_key_value_heads=1, intermediate_size=32).save_pretrained(tmp_path / "llama")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "config.json").write_text('{"model_type": ')
+    return tmp_path
+
+
+@pytest.mark.parametrize(("kind", "block"), [("gpt2", 24), ("llama", 256)])
+@pytest.mark.parametrize("optimizer", ["ring", "reng"])
+def test_a_language_model_of_transformers(root, folders, kind, block, optimizer):
+    name = f"transformers:{folders / kind}"
+    workload = find_workload(name)
+    assert (workload.metric, workload.goal, workload.data) == ("loss", "min", ("tinyshakespeare",))
+    text = root / "tinyshakespeare" / "input.txt"
+    text.write_text(text.read_text() * (1 + 8000 // len(text.read_text())))
+    task = workload.load(root, CPU)
+    x, y = next(task.batches(0))
+    assert x.shape == (workload.batch_size, block)
+    train_a_step(task, optimizer, (x[:2], y[:2]))
+    assert task.evaluate(task.model(), "test").keys() == {"loss", "perplexity"}
+
+
+@pytest.mark.parametrize(("model", "message"), [("torn", "makes no classifier"), ("no-such-type", "no-such-type")])
+def test_what_transformers_does_not_know(root, folders, model, message):
+    name = f"transformers:{folders / model if (folders / model).exists() else model}"
+    assert not is_language(name)
+    with pytest.raises(InputError, match=message):
+        build_named(name, 10)
+
+
+@pytest.mark.parametrize(("name", "is_one"), [("gpt2", True), ("llama", True), ("vit", False), ("resnet", False)])
+def test_types_of_language_models(name, is_one):
+    assert is_language(f"transformers:{name}") == is_one
+    assert not is_language(f"timm:{name}")
 
 
 # All of them.
