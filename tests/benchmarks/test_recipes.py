@@ -39,6 +39,7 @@ def test_there_are_recipes():
         "deepobs-fmnist-ours",
         "deepobs-cost",
         "deepobs-cifar10-muon",
+        "mnist1d",
         "fast",
         "fast-value",
         "full",
