@@ -5,7 +5,8 @@ out. Where the images came as JPEG mosaics the fingerprint of the data begins wi
 "CIFAR-10, JPEG q90"; elsewhere it begins with "exact-".
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from ..networks.swin import swin_t
 from ..networks.vgg import vgg16bn
 from ..networks.vit import vit_s, vit_ti
 from ..records import fingerprint_of
-from .augmentation import mirrored, shifted
+from .augmentation import mirrored, mixed_up, shifted
 from .base import Supervised, Workload, classification, folder_of, held_out
 from .cifar_files import read_images, source_of
 
@@ -42,6 +43,7 @@ NETWORKS: dict[str, tuple[str, Callable[[int], nn.Module], int, int]] = {
     "shakedrop": ("PyramidNet-272, alpha 200, with ShakeDrop", partial(shakedrop_pyramidnet, 272, 200), 128, 5_000),
     "vit-ti": ("ViT-Ti/4", partial(vit_ti, dropout=DROPOUT), 256, 22_000),
     "vit-s": ("ViT-S/4", partial(vit_s, dropout=DROPOUT), 256, 7_000),
+    "vit-s-mixup": ("ViT-S/4 with mixup", partial(vit_s, dropout=DROPOUT), 256, 7_000),
     "swin-t": ("Swin-T, patch 2, window 4", swin_t, 256, 25_000),
     "cait-xxs": ("CaiT-XXS-24/4", CaiT, 256, 12_000),
 }
@@ -51,9 +53,27 @@ def augment(x: Tensor) -> Tensor:
     return mirrored(shifted(x, 4))
 
 
+@dataclass
+class Mixed(Supervised):
+    """A classification whose training batches are mixed up.
+
+    Attributes:
+        classes: how many there are.
+    """
+
+    classes: int = 0
+
+    def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, y in super().batches(seed):
+            yield mixed_up(x, y, self.classes)
+
+
 def load(folder: str, network: str, root: Path | None, device: torch.device) -> Supervised:
     _, build, batch, _ = NETWORKS[network]
-    return classify(folder_of(root, folder, f"{folder}-{network}"), build, batch, device)
+    task = classify(folder_of(root, folder, f"{folder}-{network}"), build, batch, device)
+    if network.endswith("-mixup"):
+        return Mixed(**vars(task), classes=int(max(y.max() for _, y in task.splits.values())) + 1)
+    return task
 
 
 def classify(place: Path, build: Callable[[int], nn.Module], batch: int, device: torch.device) -> Supervised:

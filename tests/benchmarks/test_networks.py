@@ -7,10 +7,13 @@ import pytest
 import torch
 from grng.baselines import make_optimizer
 from grng.benchmarks.networks.cait import CaiT, ClassAttention, TalkingHeads
+from grng.benchmarks.networks.convnext import ConvNeXt, convnext_t
 from grng.benchmarks.networks.pyramidnet import PyramidNet
 from grng.benchmarks.networks.resnet import PreActivation, WideResNet, resnet18, resnet50
 from grng.benchmarks.networks.shake import ShakeDrop, ShakeShake, ShakeShakeNet, TwoWays, shakedrop_pyramidnet
 from grng.benchmarks.networks.swin import Swin, WindowAttention, swin_t
+from grng.benchmarks.networks.tinyvit import TinyViT, tinyvit_5m
+from grng.benchmarks.networks.tinyvit import WindowAttention as DistantAttention
 from grng.benchmarks.networks.vgg import vgg16bn
 from grng.benchmarks.networks.vit import Attention, ViT, vit_s, vit_ti
 from torch import nn
@@ -41,6 +44,8 @@ SIZES = {
     "vit-s": (lambda: vit_s(1000, size=224, patch=16), 22_050_664),
     "swin-t": (lambda: swin_t(1000, size=224, patch=4, window=7), 28_288_354),
     "cait-xxs24": (lambda: CaiT(1000, size=224, patch=16), 11_956_264),
+    "convnext-t": (lambda: convnext_t(1000), 28_589_128),
+    "tinyvit-5m": (lambda: tinyvit_5m(1000), 5_392_764),
 }
 
 # Side of the image, and millions of multiplications and additions for one, of the same pages and tables.
@@ -54,6 +59,7 @@ PRODUCTS = {
     "pyramidnet110": (32, 4731),
     "pyramidnet272": (32, 4541),
     "shake-shake-32": (32, 428.9),
+    "convnext-t": (224, 4456),
 }
 
 TINY = {
@@ -69,10 +75,12 @@ TINY = {
     "vit": lambda: ViT(CLASSES, 16, 2, depth=2, dropout=0.1),
     "swin": lambda: Swin(CLASSES, 8, (2, 2), (2, 4)),
     "cait": lambda: CaiT(CLASSES, 16, 2, depth=2, reading=1),
+    "convnext": lambda: ConvNeXt(CLASSES, (8, 16), (1, 1)),
+    "tinyvit": lambda: TinyViT(CLASSES, (8, 16, 16), (1, 2, 1), (1, 2, 4), (4, 2, 2)),
 }
 
 # Parameters for which no layer has factors.
-OTHERS = ("BatchNorm2d", "LayerNorm", "ViT", "CaiT", "PatchBlock", "ClassBlock", "WindowAttention")
+OTHERS = ("Block", "BatchNorm2d", "LayerNorm", "ViT", "CaiT", "PatchBlock", "ClassBlock", "WindowAttention")
 
 
 def count(model: nn.Module) -> int:
@@ -92,6 +100,12 @@ def test_a_network_costs_what_was_published(name):
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         SIZES[name][0]()(torch.empty(1, 3, size, size))
     assert counter.get_total_flops() / 2e6 == pytest.approx(published, rel=0.02)  # some count norms too
+
+
+def test_tinyvit_costs_its_published_1_3_billion():
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        tinyvit_5m(1000)(torch.empty(1, 3, 224, 224))
+    assert round(counter.get_total_flops() / 2e9, 1) == 1.3
 
 
 def test_shake_shake_of_96_channels_has_its_published_26_2_million():
@@ -287,6 +301,37 @@ def test_vit_equals_the_one_of_transformers():
     check_equal(transformers.ViTForImageClassification(config), ViT(CLASSES, 16, 2, depth=2))
 
 
+def test_convnext_equals_the_one_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    settings = {"depths": [2, 1], "num_stages": 2, "hidden_sizes": [8, 12], "num_labels": CLASSES}
+    config = transformers.ConvNextConfig(image_size=32, **settings)
+    parts = {
+        "patch_embeddings": r"embed\.",
+        r"embeddings\.layernorm": r"first\.",
+        r"downsampling_layer\.0": r"^stages\.2\.norm",
+        r"downsampling_layer\.1": r"reduce\.",
+        "dwconv": "depthwise",
+        r"layers\.\d\.layernorm": r"^stages\.[013]\.norm",
+        "pwconv1": r"feed\.0",
+        "pwconv2": r"feed\.2",
+        "layer_scale": "scale",
+        r"convnext\.layernorm": r"^norm",
+        "classifier": r"head\.",
+    }
+    check_equal(transformers.ConvNextForImageClassification(config), ConvNeXt(CLASSES, (8, 12), (2, 1)), parts)
+
+
+def test_a_bias_of_tinyvit_goes_by_the_distance_of_two_places_in_either_direction():
+    attention = DistantAttention(4, 2, side=3)
+    with torch.no_grad():
+        attention.bias.copy_(torch.arange(18.0).view(2, 9))
+    bias = attention.bias[:, attention.distances]
+    for a, b in ((0, 4), (4, 0), (8, 4), (2, 4), (1, 3)):
+        assert bias[:, a, b].tolist() == [4, 13]  # a row and a column apart
+    assert bias[0, 0, 6] == 6
+    assert bias[0].diagonal().tolist() == [0] * 9
+
+
 # Patterns of the same parameters' names, in order of appearance the same.
 PARTS = {
     r"projection\.": r"embed\.",
@@ -310,11 +355,11 @@ PARTS = {
 
 
 @torch.no_grad()
-def check_equal(theirs: nn.Module, mine: nn.Module) -> None:
+def check_equal(theirs: nn.Module, mine: nn.Module, parts: dict[str, str] = PARTS) -> None:
     """The same weights give the same outputs."""
     torch.manual_seed(0)
     copied = 0
-    for pattern, own in PARTS.items():
+    for pattern, own in parts.items():
         for p, q in zip(matching(theirs, pattern), matching(mine, own), strict=True):
             p.copy_(0.3 * torch.randn_like(p))
             if pattern.startswith("downsample"):  # neighbours by columns, here by rows

@@ -29,7 +29,8 @@ RUNS = [
 def test_there_are_recipes():
     assert {"regularizers-digits", "regularizers-fashion", "regularizers-cost"} <= {r.stem for r in RECIPES}
     known = {"gnp-cifar10", "gnp-shake", "gnp-shakedrop", "gnp-imagenet", "gnp-vit-cifar10"}
-    known |= {"agr-cifar100", "agr-ddpm", "agr-albert", "agr-tinyimagenet"}
+    known |= {"agr-cifar100", "agr-ddpm", "agr-albert", "agr-tinyimagenet", "agr-tinyvit", "agr-convnext"}
+    known |= {"gnp-vit-mixup"}
     assert known | {
         "grng-glue",
         "grng-cifar10",

@@ -1,15 +1,21 @@
 """CIFAR in the formats in which it is kept, and image folders, small and made up."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
+from grng.baselines import make_optimizer
 from grng.benchmarks.errors import InputError
+from grng.benchmarks.networks.vit import ViT
 from grng.benchmarks.workloads import all_workloads, cifar10, find_workload, image_folder
+from grng.benchmarks.workloads.augmentation import mixed_up
 from PIL import Image
 from torch import nn
+
+from grng.errors import GRNGWarning
 
 CPU = torch.device("cpu")
 SAMPLES, TESTS = 160, 40
@@ -133,6 +139,34 @@ def test_an_augmented_image_is_a_window_of_the_padded_one_or_its_mirror_image():
         places[mirrored, *windows[(image.flip(-1) if mirrored else image).contiguous().numpy().tobytes()]] += 1
     assert {len({place[i] for place in places}) for i in (1, 2)} == {9}
     assert 70 < sum(count for place, count in places.items() if place[0]) < 130
+
+
+def test_a_mixed_up_batch_is_its_images_and_classes_in_one_proportion():
+    torch.manual_seed(0)
+    x, y = torch.randn(5, 3, 4, 4), torch.tensor([0, 2, 1, 1, 2])
+    mixed, probabilities = mixed_up(x, y, 4)
+    part = probabilities[0, 0].item()
+    assert 0 < part < 1
+    for i in range(5):
+        torch.testing.assert_close(mixed[i], part * x[i] + (1 - part) * x[4 - i])
+        expected = [part * (y[i] == c).item() + (1 - part) * (y[4 - i] == c).item() for c in range(4)]
+        assert probabilities[i].tolist() == pytest.approx(expected)
+
+
+def test_a_workload_with_mixup(cifar):
+    task = replace(find_workload("cifar10-vit-s-mixup").load(cifar, CPU), batch_size=16)
+    torch.manual_seed(0)
+    (x, y), (_, other) = islice(task.batches(0), 2)
+    assert (x.shape[1:], y.shape) == ((3, 32, 32), (len(x), 10))
+    torch.testing.assert_close(y.sum(-1), torch.ones(len(x)))
+    assert y.max() != other.max()  # another proportion
+    model = ViT(10, 16, 2, depth=1)
+    scores = task.evaluate(model, "validation")
+    assert scores.keys() == {"loss", "accuracy", "brier"}  # of images as they are
+    with make_optimizer("ring", model) as optimizer:
+        with pytest.warns(GRNGWarning, match="soft targets"):
+            task.loss(model, (x, y)).backward()
+        optimizer.step()
 
 
 def test_every_vision_workload_has_what_a_run_needs():
