@@ -1,6 +1,6 @@
 """ConvNeXt (Liu et al. 2022): depthwise convolutions in place of attention, else a transformer's blocks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,9 @@ from .parts import FeedForward, draw_linear
 EPS = 1e-6
 
 
-def channels_last(layer: nn.Module, x: Tensor) -> Tensor:
-    """A layer that acts on the last dimension, on the channels of (N, C, H, W)."""
-    y: Tensor = layer(x.permute(0, 2, 3, 1))
-    return y.permute(0, 3, 1, 2)
+def channels_last(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """What acts on the last dimension, on the channels of (N, C, H, W)."""
+    return layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class Block(nn.Module):
