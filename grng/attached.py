@@ -20,6 +20,7 @@ from grng.errors import GRNGWarning, check_nonnegative, finite, invalid
 from grng.fallback import make_averages, make_momentum
 from grng.matrices import Matrices
 from grng.preconditioners import Preconditioner, make_groups
+from grng.region import TrustRegion
 from grng.regularizers import FrontEnd
 from grng.regularizers.base import check_groups
 from grng.regularizers.frontend import STEPS
@@ -42,6 +43,7 @@ class AttachedOptimizer(StrictOptimizer):
 
     variant: str
     _damping: Damping
+    _region: TrustRegion
     _front: FrontEnd
 
     def _attach(
@@ -148,7 +150,7 @@ class AttachedOptimizer(StrictOptimizer):
         # Factors change only where something was measured.
         tensors = self._preconditioner.tensors() if self._fresh or self._capture.processes else []
         copies = [t.clone() for t in tensors]
-        parts: list[Any] = [self._damping, self._capture.fisher.noise, self._front, self._schedule]
+        parts: list[Any] = [self._damping, self._region, self._capture.fisher.noise, self._front, self._schedule]
         before = [dict(vars(part)) for part in parts]
         failures = self._preconditioner.failures
         numbers: dict[str, Any] = {"_made": self._made, "_shares": self._shares}
@@ -293,7 +295,7 @@ class AttachedOptimizer(StrictOptimizer):
             flags = (STATUS.index(layer.status), layer in self._observed, *order)
             for p in layer.parameters:  # torch.distributed.checkpoint takes no parameter without state
                 self.state[p]["layer_status"] = torch.tensor(flags)
-        shared = {**self._schedule.state(), **self._damping.state()}
+        shared = {**self._schedule.state(), **self._damping.state(), **self._region.state()}
         shared["grng_method"] = torch.tensor(list(self._method.encode()), dtype=torch.uint8)
         counts = [self._scalars[name] for name in COUNTS]
         shared["grng_counts"] = torch.stack([*counts, self._preconditioner.failures.to(self._device)])
@@ -331,6 +333,7 @@ class AttachedOptimizer(StrictOptimizer):
         shared = self.state[self._first]
         self._schedule.load_state(shared)
         self._damping.load_state(shared)
+        self._region.load_state(shared)
         self._front.load_state(shared)
         if "grng_counts" in shared:
             *counts, failures = shared["grng_counts"].clone()
@@ -359,7 +362,8 @@ class AttachedOptimizer(StrictOptimizer):
             raise ValueError(f"the checkpoint was written without regularizers: it holds no {STEPS!r}. {remedy}")
         held = [(p, name) for p in saved for name in OF_A_PARAMETER if name in saved[p]]
         wanted = {(p, name): torch.Size() if name == "step" else p.shape for p, name in held}
-        wanted.update({(self._first, name): value.shape for name, value in self._damping.state().items()})
+        for part in (self._damping, self._region):
+            wanted.update({(self._first, name): value.shape for name, value in part.state().items()})
         for layer in self._layers:
             state = {**self._preconditioner.state(layer), "layer_status": torch.zeros(4)}
             wanted.update({(layer.owner, name): value.shape for name, value in state.items()})

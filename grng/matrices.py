@@ -32,7 +32,7 @@ class Matrices:
         of_parameter = [index for index, layer in enumerate(layers) for _ in layer.parameters]
         self._layer_of_parameter = torch.tensor(of_parameter, dtype=torch.long, device=device)
         outputs = torch.tensor([layer.n_out for layer in layers], dtype=torch.float64, device=device)
-        self._least = SMALL_WEIGHTS * outputs.sqrt()
+        self.least = SMALL_WEIGHTS * outputs.sqrt()
 
     def split(self, values: Tensor) -> list[Tensor]:
         """The numbers of every group's matrices, (k, 1, 1)."""
@@ -42,18 +42,18 @@ class Matrices:
         """Sums over the matrices of a layer, for each of them."""
         return self._sums(values, self._layer)[self._layer]
 
-    def reach(self, eta: float | Tensor, squares: Tensor) -> Tensor:
-        """nu_l = min(1, eta ||W_l|| / ||D_l||) of all matrices, from ||D||^2 of each.
+    def sizes(self) -> Tensor:
+        """||W_l|| of every layer, 0.1 sqrt(n_out) at least: the norm of small random weights, so that zeros move."""
+        squares = norms(self._parameters).to(self.least).square()
+        return torch.maximum(self._sums(squares, self._layer_of_parameter).sqrt(), self.least)
 
-        ||W_l|| counts as 0.1 sqrt(n_out) at least, the norm of small random weights, so that what starts at zero moves.
-        """
-        squares_of_weights = norms(self._parameters).to(self._least).square()
-        sizes = torch.maximum(self._sums(squares_of_weights, self._layer_of_parameter).sqrt(), self._least)
-        lengths = self._sums(squares.to(self._least), self._layer).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-        return (eta * sizes / lengths).clamp(max=1)[self._layer]
+    def reach(self, limits: Tensor, squares: Tensor) -> Tensor:
+        """nu_l = min(1, limit_l / ||D_l||) of all matrices, from a limit of each layer and ||D||^2 of each matrix."""
+        lengths = self._sums(squares.to(self.least), self._layer).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+        return (limits / lengths).clamp(max=1)[self._layer]
 
     def _sums(self, values: Tensor, layers: Tensor) -> Tensor:
-        return values.new_zeros(len(self._least)).index_add_(0, layers, values)
+        return values.new_zeros(len(self.least)).index_add_(0, layers, values)
 
 
 def inner(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
 """Trust regions: the part nu of a direction that is taken.
 
-nu = min(1, sqrt(kappa / (n lr^2 D^T (F + lam I) D))),   nu_l = min(1, eta (1 - mu) ||W_l|| / ||D_l||)
+nu = min(1, sqrt(kappa / (n lr^2 D^T (F + lam I) D))),   nu_l = min(1, eta (1 - mu) min(||W_l||, 3 ||W_l^0||) / ||D_l||)
 """
 
 from typing import Any
@@ -13,9 +13,17 @@ from grng.matrices import Matrices
 from grng.torch_optim import scalar
 from grng.variants import Variant
 
+STATE = "grng_start"  # its name in a checkpoint
+GROWTH = 3.0  # of a layer's weights, up to which its region grows with them
+
 
 class TrustRegion:
     """The model's, by how far its distribution moves, and each layer's, by how far its weights do.
+
+    W^0 are the weights that the first step finds. Were a layer's region to go on growing with its weights, steps made
+    of noise, which lengthen weights that they are orthogonal to, would lengthen them by a constant part a step: without
+    decay they grow exponentially, until nothing that was learnt is left. Within a constant region ||W||^2 grows by a
+    constant, so that the parts that steps are of it fade.
 
     Args:
         curvature: with kl_clip and step_clip; where neither is given the variant's own hold, else what is given.
@@ -32,6 +40,7 @@ class TrustRegion:
                 None if clip == "auto" else clip for clip in (curvature.kl_clip, curvature.step_clip)
             )
         self._layers, self._matrices = layers, matrices
+        self.start = torch.zeros_like(matrices.least)  # ||W_l^0||, 0 until the first step
 
     def __call__(
         self,
@@ -53,12 +62,21 @@ class TrustRegion:
         # Within momentum, not outside of it: a direction too long for a region must not be remembered as such.
         nu = quadratic.new_ones(())
         if self.step_clip is not None:
-            nu = self._matrices.reach(self.step_clip * (1 - self._momenta(groups)), squares)
+            sizes = self._matrices.sizes()
+            self.start = torch.where(self.start > 0, self.start, sizes)
+            sizes = torch.minimum(sizes, GROWTH * self.start)
+            nu = self._matrices.reach(self.step_clip * (1 - self._momenta(groups)) * sizes, squares)
         scale = torch.ones((), dtype=torch.float64, device=quadratic.device)
         if self.kl_clip is not None:
             length = self._squared_length(groups, taking, nu.square() * quadratic)
             scale = kl_scale(self.kl_clip, outputs.to(length) * length).to(scale.dtype)
         return nu * scale, scale
+
+    def state(self) -> dict[str, Tensor]:
+        return {STATE: self.start}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.start = state[STATE].clone()
 
     def _momenta(self, groups: list[dict[str, Any]]) -> float | Tensor:
         """The momentum of every layer; one number where it is the same."""

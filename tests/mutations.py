@@ -220,6 +220,27 @@ MUTATIONS = (
         "tests/optimizer/test_layerwise.py -k within_reach",
     ),
     Mutation(
+        "the growth of a layer's trust region",
+        "grng/region.py",
+        "GROWTH = 3.0",
+        "GROWTH = 30.0",
+        "tests/optimizer/test_layerwise.py -k grows",
+    ),
+    Mutation(
+        "the weights that a layer's trust region goes by",
+        "grng/region.py",
+        "torch.where(self.start > 0, self.start, sizes)",
+        "sizes",
+        "tests/optimizer/test_layerwise.py -k grows",
+    ),
+    Mutation(
+        "the same in a checkpoint",
+        "grng/region.py",
+        "self.start = state[STATE].clone()",
+        "pass",
+        "tests/optimizer/test_layerwise.py -k grows",
+    ),
+    Mutation(
         "a layer's share of the damping",
         "grng/matrices.py",
         "values / values.amax()",

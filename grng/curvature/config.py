@@ -51,9 +51,10 @@ class Curvature:
             one (nats a class). None or "auto": no such region.
         step_clip: eta of a trust region of every layer's own: nu_l = min(1, eta (1 - mu) ||W_l|| / ||D_l||) with mu the
             momentum, so that directions that agree move a layer by lr eta of its norm a step at most; ||W_l|| counts as
-            0.1 sqrt(n_out) at least, the norm of small random weights, so that what starts at zero moves. None: no
-            such region. "auto": the variant's own. Where `kl_clip` or `step_clip` is given, the other one is None
-            unless it is given too.
+            0.1 sqrt(n_out) at least, the norm of small random weights, so that what starts at zero moves, and as three
+            times that of the weights that the first step found at most, because steps made of noise would else lengthen
+            weights exponentially. None: no such region. "auto": the variant's own. Where `kl_clip` or `step_clip` is
+            given, the other one is None unless it is given too.
         relative_to: `"model"`: one damping for all layers. `"layer"`: lam_l = lam S_l / S, S_l being a layer's largest
             eigenvalue of F and S the largest of all, so that the same part of every layer's spectrum is damped.
             "auto": the variant's own, but "model" where `damping` or a `rho` that damps is a number, or the

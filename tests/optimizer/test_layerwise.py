@@ -97,6 +97,61 @@ def test_a_step_within_reach(preconditioner: str, eta: float, momenta: tuple[flo
             assert torch.allclose(b, nu * a, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("preconditioner", ["kfac", "identity"])
+@pytest.mark.parametrize("factor", [0.25, 2.0, 10.0])
+def test_the_reach_grows_with_the_weights_up_to_three_times(factor: float, preconditioner: str, resumed: bool) -> None:
+    """eta min(||W_l||, 3 ||W_l^0||), W^0 being what the first step found, also after a checkpoint."""
+    model, eta, lr = mlp(5, 4, 3), 1e-3, 0.5
+    given: dict[str, Any] = {"lr": lr, "momentum": 0.0, "preconditioner": preconditioner}
+    given["curvature"] = settings(fisher="exact", step_clip=eta)
+
+    def sizes() -> list[Tensor]:
+        return [torch.cat([p.detach().flatten() for p in layer.parameters()]).norm() for layer in (model[0], model[2])]
+
+    def moved(optimizer: GRNG) -> list[float]:
+        before = [p.detach().clone() for p in model.parameters()]
+        train(optimizer, model, stream(1, 12, 5))
+        parts = [(p.detach() - b).flatten() for p, b in zip(model.parameters(), before, strict=True)]
+        return [float(torch.cat(pair).norm()) for pair in (parts[:2], parts[2:])]
+
+    optimizer = GRNG(model, "kfac", **given)
+    start = sizes()
+    assert moved(optimizer) == pytest.approx([lr * eta * float(size) for size in start], rel=1e-9)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(factor)
+    if resumed:
+        saved = copy.deepcopy(optimizer.state_dict())
+        optimizer.close()
+        optimizer = GRNG(model, "kfac", **given)
+        optimizer.load_state_dict(saved)
+    expected = [lr * eta * min(float(now), 3 * float(first)) for now, first in zip(sizes(), start, strict=True)]
+    assert moved(optimizer) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("variant", ["ring", "kfac", "ekfac"])
+def test_noise_does_not_undo_what_was_learnt(variant: str) -> None:
+    """At defaults: no schedule, no decay, small batches, some labels wrong. Steps are mostly noise then, which lengthens
+    weights; a trust region that grew with them all the way ended at 34 % here, after 84 %."""
+    generator = torch.Generator().manual_seed(0)
+    x, teacher = torch.randn(1024, 16, generator=generator), torch.randn(16, 4, generator=generator)
+    y = (x.tanh() @ teacher).argmax(1)
+    wrong = torch.rand(1024, generator=generator) < 0.1
+    labels = torch.where(wrong, torch.randint(4, (1024,), generator=generator), y)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+    start = model[2].weight.norm().item()
+    with GRNG(model, variant) as optimizer:
+        for _ in range(1500):
+            chosen = torch.randint(1024, (16,), generator=generator)
+            optimizer.zero_grad()
+            cross_entropy(model(x[chosen]), labels[chosen]).backward()
+            optimizer.step()
+    assert model[2].weight.norm().item() < 15 * start
+    assert (model(x).argmax(1) == y).double().mean().item() > 0.75
+
+
 @pytest.mark.parametrize("name", ["ring", "ekfac", "reng-ggn"])
 def test_resumed(name: str) -> None:
     """To the bit, also between two refreshes."""
