@@ -41,6 +41,7 @@ def test_there_are_recipes():
         "deepobs-cost",
         "deepobs-cifar10-muon",
         "mnist1d",
+        "mnist1d-decay",
         "fast",
         "fast-value",
         "full",
