@@ -425,10 +425,13 @@ class GRNG(AttachedOptimizer):
         if not taking:
             return {}, torch.ones((), dtype=torch.float64, device=self._device)
         stacks = self._stack(taking, gradients, ok)
+        lam = self._lam(stacks, square_norm)
         if self._mode == "ggn":
-            products = self._preconditioner.curvature_product(stacks)
-            stacks = [G + self._damping.rho.to(G.dtype) * FG for G, FG in zip(stacks, products, strict=True)]
-        found = self._preconditioner.precondition(stacks, self._lam(stacks, square_norm))
+            found = self._preconditioner.precondition_penalised(stacks, lam, self._damping.rho)
+            if self._region.kl_clip is not None:  # whose form is that of the gradient that was solved for
+                stacks = self._preconditioner.penalised(stacks, self._damping.rho)
+        else:
+            found = self._preconditioner.precondition(stacks, lam)
         # One number a matrix, all groups in one vector. -<D, G> is <D, (F + lam I) D>, whatever solves the system.
         quadratic, squares = -inner(found, stacks), inner(found, found)
         # Where factors have overflowed or are not finite, the matrix stays where it is for this step.

@@ -214,6 +214,15 @@ class Preconditioner(ABC):
     def precondition(self, gradients: list[Tensor], damping: list[Tensor]) -> list[Tensor]:
         """Directions for the gradients; damping has one entry a group, (k, 1, 1)."""
 
+    def precondition_penalised(self, gradients: list[Tensor], damping: list[Tensor], rho: Tensor) -> list[Tensor]:
+        """Directions for G + rho F G, of which RENG's mode "ggn" is made."""
+        return self.precondition(self.penalised(gradients, rho), damping)
+
+    def penalised(self, gradients: list[Tensor], rho: Tensor) -> list[Tensor]:
+        """G + rho F G per group."""
+        products = self.curvature_product(gradients)
+        return [G + rho.to(G.dtype) * FG for G, FG in zip(gradients, products, strict=True)]
+
     def scales(self) -> list[Tensor]:
         """The largest eigenvalue that F has in every matrix, (k, 1, 1) a group; ones where the method knows no F."""
         return [torch.ones(g.size, 1, 1, device=g.device) for g in self.groups]

@@ -114,27 +114,43 @@ class KFAC(Preconditioner):
         return [(U_g, None if group.indexed else U_l) for U_g, U_l, group in pairs]
 
     def precondition(self, gradients: list[Tensor], damping: list[Tensor]) -> list[Tensor]:
-        if self.solver != "eigen":
-            return self._factored(gradients, damping)
+        return self._solved(gradients, damping) if self.solver == "eigen" else self._factored(gradients, damping)
+
+    def precondition_penalised(self, gradients: list[Tensor], damping: list[Tensor], rho: Tensor) -> list[Tensor]:
+        # F has the eigenbasis that the system is solved in: the product costs nothing there.
+        own = type(self)
+        derived = (own.precondition, own.curvature_product) != (KFAC.precondition, KFAC.curvature_product)
+        if self.solver == "eigen" and not derived:
+            return self._solved(gradients, damping, rho)
+        return super().precondition_penalised(gradients, damping, rho)
+
+    def _solved(self, gradients: list[Tensor], damping: list[Tensor], rho: Tensor | None = None) -> list[Tensor]:
+        """-(F + lam I)^{-1} (G + rho F G) in the eigenbasis: coordinates times -(1 + rho s)/(s + lam)."""
         directions = []
         if self._kept is None:
-            self._kept = self._worth_keeping()
+            self._kept = self._worth_keeping(rho)
         parts = zip(gradients, self.spectrum(), damping, self.bases(), self._kept, strict=True)
         for G, s, lam, (U_g, U_l), kept in parts:
             if kept is None:
-                directions.append(rotate_back(rotate(G, U_g, U_l) / -(s + lam), U_g, U_l))
-            else:  # 1/(s + lam) = 1/lam - s/(lam (s + lam)), and s is next to nothing beside lam but in a corner
+                solved = rotate(G, U_g, U_l) / -(s + lam)
+                if rho is not None:
+                    solved *= 1 + rho.to(s.dtype) * s
+                directions.append(rotate_back(solved, U_g, U_l))
+            else:  # that is -1/lam + (1 - rho lam) s/(lam (s + lam)), and s next to nothing beside lam but in a corner
                 a, b = kept
                 s, U_g, U_l = s[:, -a:, -b:], U_g[:, :, -a:], None if U_l is None else U_l[:, :, -b:]
+                part = s if rho is None else s * (1 - rho.to(s.dtype) * lam)
                 corner = rotate(G, U_g, U_l) / (s + lam)
-                directions.append(rotate_back(corner * s, U_g, U_l).sub_(G).div_(lam))
+                directions.append(rotate_back(corner * part, U_g, U_l).sub_(G).div_(lam))
         return directions
 
-    def _worth_keeping(self) -> list[tuple[int, int] | None]:
+    def _worth_keeping(self, rho: Tensor | None) -> list[tuple[int, int] | None]:
         """Per group how many of the last rows and columns of its spectrum are more than negligible beside the least
-        damping; None: all, or so many that nothing is gained. One look at values, once after each refresh."""
+        damping, and beside 1/rho; None: all, or so many that nothing is gained. One look at values, once after each
+        refresh."""
         kept: list[tuple[int, int] | None] = [None] * len(self.groups)
-        parts = zip(self.spectrum(), self.groups, self.floors, strict=True)
+        floors = self.floors if rho is None else [floor / (1 + rho * floor) for floor in self.floors]
+        parts = zip(self.spectrum(), self.groups, floors, strict=True)
         found = {
             i: leading(s, NEGLIGIBLE[s.dtype] * floor)
             for i, (s, group, floor) in enumerate(parts)

@@ -27,7 +27,7 @@ def steps(optimizer: GRNG, model: nn.Module, x: Tensor, y: Tensor, count: int) -
         optimizer.step()
 
 
-@pytest.mark.parametrize("variant", ["ring", "kfac", "ekfac"])
+@pytest.mark.parametrize("variant", ["ring", "kfac", "ekfac", "reng"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-2)], ids=str)
 @pytest.mark.parametrize("floor", [0.01, 1.0])
 def test_what_is_left_out_is_negligible(
@@ -37,10 +37,11 @@ def test_what_is_left_out_is_negligible(
     found, kept = [], []
     for cut in (True, False):
         if not cut:
-            monkeypatch.setattr(KFAC, "_worth_keeping", lambda self: [None] * len(self.groups))
+            monkeypatch.setattr(KFAC, "_worth_keeping", lambda self, rho: [None] * len(self.groups))
         model, x, y = wide(dtype, rank=9)
         before = [p.detach().clone() for p in model.parameters()]
-        with GRNG(model, variant, curvature=Curvature(floor=floor, stats_every=2)) as optimizer:
+        mode = "ggn" if variant == "reng" else None
+        with GRNG(model, variant, mode=mode, curvature=Curvature(floor=floor, stats_every=2)) as optimizer:
             # EKFAC's later moments depend on the basis of null spaces, which rounding decides.
             steps(optimizer, model, x, y, 1 if variant == "ekfac" else 5)
             kept.append(optimizer._preconditioner._kept)
@@ -49,6 +50,56 @@ def test_what_is_left_out_is_negligible(
     assert any(part is not None and part[0] * part[1] < 150 * 161 / 4 for part in kept[0])
     for mine, full in zip(*found, strict=True):
         assert (mine - full).norm() <= tolerance * full.norm()
+
+
+class Doubled(KFAC):
+    """One of one's own, twice as bold."""
+
+    def precondition(self, gradients: list[Tensor], damping: list[Tensor]) -> list[Tensor]:
+        return [2 * D for D in super().precondition(gradients, damping)]
+
+
+METHODS = {"kfac": KFAC(), "ekfac": EKFAC(), "factored": KFAC("factored"), "newton": KFAC("newton"), "own": Doubled()}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("rho", [1e-3, 1.0, 1e5])
+@pytest.mark.parametrize("kind", ["small", "wide", "decaying"])
+def test_directions_for_the_penalised_gradient(name: str, rho: float, kind: str) -> None:
+    """-(F + lam I)^{-1} (G + rho F G), made in the eigenbasis at once, is what product and system make one by one;
+    with rho lam from next to nothing to far above 1, with a diagonal factor, and where curvature is of every size,
+    of which in float32 some is left out."""
+    torch.manual_seed(0)
+    tolerance = 0.02 if kind == "decaying" else 1e-9
+    if kind == "small":
+        model, y = nn.Sequential(nn.Embedding(7, 5), nn.Flatten(), nn.Linear(15, 4)).double(), torch.randint(4, (40,))
+        x = torch.randint(7, (40, 3))
+    elif kind == "wide":
+        model, x, y = wide(torch.float64, rank=9)
+    else:
+        (model, _, y), x = wide(torch.float32, rank=9), torch.randn(40, 160) * torch.logspace(0, -3, 160)
+    method = copy.copy(METHODS[name])
+    with GRNG(model, "reng", mode="ggn", preconditioner=method, curvature=Curvature(floor=1.0)) as optimizer:
+        steps(optimizer, model, x, y, 2)
+        stacks = [torch.randn(g.size, g.n_out, g.n_in, dtype=g.dtype) for g in method.groups]
+        lam = [1.0 + torch.rand(g.size, 1, 1, dtype=g.dtype) for g in method.groups]
+        strength = torch.tensor(rho, dtype=torch.float64)
+        method._kept = None  # of the optimizer's own rho
+        found = method.precondition_penalised(stacks, lam, strength)
+        for D, expected in zip(found, method.precondition(method.penalised(stacks, strength), lam), strict=True):
+            assert (D - expected).norm() <= tolerance * expected.norm()
+
+
+def test_the_penalised_gradient_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does the trust region need one, but for the KL clip."""
+    calls = []
+    product = KFAC.curvature_product
+    model, x, y = wide(torch.float32, rank=9)
+    with GRNG(model, "reng", mode="ggn") as optimizer:
+        method = optimizer._preconditioner
+        monkeypatch.setattr(method, "curvature_product", lambda G: calls.append(1) or product(method, G))
+        steps(optimizer, model, x, y, 3)
+    assert not calls
 
 
 def test_all_is_kept_where_it_matters() -> None:

@@ -132,7 +132,7 @@ def test_the_reach_grows_with_the_weights_up_to_three_times(factor: float, preco
 
 @pytest.mark.parametrize("variant", ["ring", "kfac", "ekfac"])
 def test_noise_does_not_undo_what_was_learnt(variant: str) -> None:
-    """At defaults: no schedule, no decay, small batches, some labels wrong. Steps are mostly noise then, which lengthens
+    """At defaults: no schedule, no decay, small batches, some labels wrong. Steps are mostly noise then, and lengthen
     weights; a trust region that grew with them all the way ended at 34 % here, after 84 %."""
     generator = torch.Generator().manual_seed(0)
     x, teacher = torch.randn(1024, 16, generator=generator), torch.randn(16, 4, generator=generator)
