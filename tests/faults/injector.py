@@ -4,7 +4,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -323,18 +323,22 @@ def parameter_hook(run: Run) -> None:
         run.step()
 
 
-def method_of_the_preconditioner(name: str) -> Callable[[Run], Any]:
-    """It has done its work, on the state too, when it raises."""
+def method_of_the_preconditioner(*names: str) -> Callable[[Run], Any]:
+    """Whichever of them the step calls has done its work, on the state too, when it raises."""
 
     def fault(run: Run) -> None:
-        method = run.optimizer._preconditioner
-        known, error = getattr(method, name), run.error()
+        method, error = run.optimizer._preconditioner, run.error()
 
-        def instead(*args: Any) -> Any:
-            known(*args)
-            raise error
+        def failing_after(known: Callable[..., Any]) -> Callable[..., Any]:
+            def instead(*args: Any) -> Any:
+                known(*args)
+                raise error
 
-        with patched(method, name, instead):
+            return instead
+
+        with ExitStack() as stack:
+            for name in names:
+                stack.enter_context(patched(method, name, failing_after(getattr(method, name))))
             run.step()
 
     return fault
@@ -451,7 +455,7 @@ FAULTS = {
     "parameter hook raises": Fault(parameter_hook, "raised"),
     "observe raises": Fault(method_of_the_preconditioner("observe"), "raised", measuring=True),
     "refresh raises": Fault(method_of_the_preconditioner("refresh"), "raised", measuring=True),
-    "precondition raises": Fault(method_of_the_preconditioner("precondition"), "raised"),
+    "precondition raises": Fault(method_of_the_preconditioner("precondition", "precondition_penalised"), "raised"),
     "regularizer raises": Fault(regularizer, "raised"),
     "step pre-hook raises": Fault(step_hook("register_step_pre_hook"), "raised"),
     "step post-hook raises": Fault(step_hook("register_step_post_hook"), "raised after"),
