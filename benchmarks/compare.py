@@ -167,7 +167,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "grng": version("grng"),
         "source": source_hash(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a class of torch's own, which its safe loading refuses
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
         "processor": processor(),

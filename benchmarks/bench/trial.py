@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, median, quantiles
 from typing import Any
+from warnings import warn
 
 import torch
 from grng.baselines import make_optimizer
@@ -338,11 +339,15 @@ class Keeper:
         self.saved = time.monotonic()
 
     def restore(self, outcome: Outcome) -> Trace:
-        """The trace so far: empty without a checkpoint of this very trial."""
+        """The trace so far: empty without a checkpoint of this very trial that can be read."""
         if self.path is None or not self.path.exists():
             return Trace()
         # Onto the host, where torch's optimizers keep their counts; everything else is copied to where it belongs.
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # of every kind, as the damage has it
+            warn(f"{self.path} cannot be read ({type(error).__name__}): the run begins anew", stacklevel=2)
+            return Trace()
         if state["key"] != self.trial.key:
             return Trace()
         self.model.load_state_dict(state["model"])

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from grng.benchmarks.bench import Outcome, Target, Trial, run_trial
 from grng.benchmarks.bench.protocol import Listener
+from grng.benchmarks.compare import environment
 from grng.benchmarks.workloads import Supervised, Workload
 from grng.benchmarks.workloads.base import classification
 from torch import nn
@@ -67,7 +68,8 @@ def small_workload(name: str = "small", task: Small | None = None, **changes: An
 
 def run(trial: Trial, task: Small | None = None, *rest: Any, source: str = "", **changes: Any) -> Outcome:
     task = task or small_task()
-    return run_trial(trial, small_workload(task=task, **changes), task, CPU, {"source": source}, *rest)
+    about = environment(CPU) | {"source": source}
+    return run_trial(trial, small_workload(task=task, **changes), task, CPU, about, *rest)
 
 
 def generators() -> list[Any]:

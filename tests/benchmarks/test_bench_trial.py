@@ -365,6 +365,22 @@ def test_the_checkpoint_of_another_trial_is_ignored(other, tmp_path, monkeypatch
     assert torch.equal(task.weights[0], fresh.weights[0])
 
 
+@pytest.mark.parametrize("damage", [lambda whole: b"", lambda whole: whole[: len(whole) // 2], lambda whole: b"text"])
+def test_a_run_whose_checkpoint_cannot_be_read_begins_anew(damage, tmp_path, monkeypatch):
+    monkeypatch.setattr(trial_module, "CHECKPOINT_SECONDS", 0)
+    path = tmp_path / "checkpoint.pt"
+
+    def stop(outcome):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(ADAMW, None, stop, path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.warns(UserWarning, match="checkpoint.pt cannot be read .*: the run begins anew"):
+        outcome = run(ADAMW, None, lambda outcome: None, path)
+    assert (outcome.status, outcome.continued, outcome.steps) == ("finished", 0, 6)
+
+
 def test_short_runs_write_no_checkpoint(tmp_path):
     path, seen = tmp_path / "checkpoint.pt", []
     run(ADAMW, None, lambda outcome: seen.append(path.exists()), path)
