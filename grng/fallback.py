@@ -11,7 +11,7 @@ def adamw_directions(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> list[Tensor]:
-    """Directions of Adam (Kingma & Ba 2015); the decoupled decay of AdamW is applied by the optimizer to every variant.
+    """Directions of Adam (Kingma & Ba 2015); the decoupled decay of AdamW is applied with the step.
 
         m <- b1 m + (1-b1) g,   v <- b2 v + (1-b2) g^2,   D = -(m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps)
 

@@ -56,7 +56,7 @@ class GRNG(AttachedOptimizer):
         rho: strength of the regularisation, or ``"auto"``: relative to the curvature and the gradients seen so far.
         strength: with rho="auto", rho in those units; None: the variant's own (docs/variants.md has the table).
         momentum: in [0, 1).
-        weight_decay: decoupled, times lr.
+        weight_decay: decoupled, times lr; for parameters without factors times the fallback's rate.
         mode: for reng, how H g is formed: ``"double"`` (exact, needs ``step(closure)``), ``"finite"`` (two gradients,
             needs ``step(closure)``), ``"ggn"`` (F g in place of H g, one pass, no closure).
         norm: whose gradient norm damps: ``"global"`` or each ``"layer"``'s own.
@@ -66,7 +66,7 @@ class GRNG(AttachedOptimizer):
         preconditioner: a name or an instance in place of the variant's own.
         curvature: a :class:`Curvature` with the settings of the estimate; None: its defaults.
         fallback: the rule for parameters without factors; ``"adamw"``.
-        fallback_lr: its learning rate; schedules of `lr` scale it alike.
+        fallback_lr: its learning rate, by which its weight decay goes too; schedules of `lr` scale it alike.
 
     Raises:
         ValueError: a setting is out of range, or the model has nothing to train.

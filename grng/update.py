@@ -1,6 +1,10 @@
 """The step itself: momentum, decoupled decay, and what parameters without a direction follow.
 
 m <- mu m + D,   theta <- (1 - lr wd) theta + lr m
+
+A parameter without a direction follows AdamW, its decay included: theta <- (1 - lr_f wd) theta + lr_f D with the
+fallback's rate lr_f. AdamW's steps at 1e-3 would not hold against a decay at the rate of natural gradients, some
+hundred times that.
 """
 
 from collections.abc import Callable, Mapping
@@ -39,19 +43,24 @@ def update_(
         covered = [p for p in members if p in directions]
         others = [p for p in members if p not in directions]
         lr, decay = scalar(group["lr"]), group["weight_decay"]
-        if decay:
-            kept = 1 - lr * decay * gate
-            for dtype in {p.dtype for p in members}:  # a factor of less precision would round small decays away
-                own = [p for p in members if p.dtype == dtype]
-                torch._foreach_mul_(own, kept.to(torch.promote_types(dtype, torch.float32)))
         if covered:
+            if decay:
+                _decay_(covered, lr * decay * gate)
             own = [states[p] for p in covered]
             _add_(covered, _momentum(own, [directions[p] for p in covered], group["momentum"], gate), lr * gate)
         if others:
+            rate = group["fallback_lr"] * (lr / group["base_lr"] if group["base_lr"] else lr != 0)
+            if decay:
+                _decay_(others, rate * decay * gate)
             clean = [torch.where(ok, gradients[p], 0).to(precision(p)) for p in others]
             found = adamw_directions(clean, [states[p] for p in others], ok)
-            rate = group["fallback_lr"] * (lr / group["base_lr"] if group["base_lr"] else lr != 0)
             _add_(others, found, rate * gate)
+
+
+def _decay_(params: list[nn.Parameter], part: Tensor) -> None:
+    for dtype in {p.dtype for p in params}:  # a factor of less precision would round small decays away
+        own = [p for p in params if p.dtype == dtype]
+        torch._foreach_mul_(own, (1 - part).to(torch.promote_types(dtype, torch.float32)))
 
 
 def _momentum(states: list[dict[str, Tensor]], directions: list[Tensor], mu: float, gate: Tensor) -> list[Tensor]:

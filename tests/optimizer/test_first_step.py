@@ -476,14 +476,19 @@ def test_momentum(method: Method) -> None:
 
 @methods()
 def test_weight_decay(method: Method) -> None:
-    """theta <- (1 - lr wd) theta + lr m for every parameter, the fallback's too."""
-    batch, lr, decay, moves = stream(1)[0], 0.05, 0.4, []
+    """theta <- (1 - lr wd) theta + lr m for every parameter, with the fallback's rate for those that follow AdamW."""
+    batch, lr, own, decay, moves = stream(1)[0], 0.05, 0.02, 0.4, []
     for weight_decay in (0.0, decay):
         model = mixed()
         theta = vector(model)
-        with method(model, lr=lr, weight_decay=weight_decay, curvature=settings()) as optimizer:
+        with method(model, lr=lr, fallback_lr=own, weight_decay=weight_decay, curvature=settings()) as optimizer:
             moves.append(displacement(model, lambda m=model, o=optimizer: train(o, m, [batch])))
-    assert relative(moves[1] - moves[0], -lr * decay * theta) < 1e-10
+            rows = {row.parameter: row.treatment for row in optimizer.coverage()}
+    assert [name for name, treatment in rows.items() if treatment == "adamw"] == (
+        [] if method.kalman else [f"1.{name}" for name, _ in model[1].named_parameters()]
+    )
+    rates = [torch.full_like(p, own if rows[n] == "adamw" else lr).flatten() for n, p in model.named_parameters()]
+    assert relative(moves[1] - moves[0], -torch.cat(rates) * decay * theta) < 1e-10
 
 
 def test_identity_with_momentum_is_sgd() -> None:
@@ -498,21 +503,25 @@ def test_identity_with_momentum_is_sgd() -> None:
     assert relative(vector(ours), vector(theirs)) < 1e-12
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.5])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-def test_fallback_is_adamw(dtype: torch.dtype, tolerance: float) -> None:
-    """Parameters without factors move as under torch.optim.AdamW(weight_decay=0), given the same gradients."""
+def test_fallback_is_adamw(dtype: torch.dtype, tolerance: float, decay: float) -> None:
+    """Parameters without factors move as under torch.optim.AdamW, given the same gradients and schedule."""
     model = mixed(dtype)
     own = list(model[1].parameters())
     copies = [nn.Parameter(p.detach().clone()) for p in own]
     start = torch.cat([p.detach().clone() for p in own])
-    adamw = torch.optim.AdamW(copies, lr=0.02, weight_decay=0)
-    with GRNG(model, "kfac", fallback_lr=0.02) as optimizer:
+    adamw = torch.optim.AdamW(copies, lr=0.02, weight_decay=decay)
+    with GRNG(model, "kfac", fallback_lr=0.02, weight_decay=decay) as optimizer:
+        schedules = [torch.optim.lr_scheduler.ExponentialLR(each, 0.95) for each in (optimizer, adamw)]
         for _ in range(20):
             train(optimizer, model, [(torch.randn(6, 4, dtype=dtype), torch.randint(3, (6,)))])
             for p, copy in zip(own, copies, strict=True):
                 assert p.grad is not None
                 copy.grad = p.grad.clone()
             adamw.step()
+            for schedule in schedules:
+                schedule.step()
             assert relative(torch.cat([*own]).detach(), torch.cat(copies).detach()) < tolerance
     assert relative(start, torch.cat([*own]).detach()) > 0.05
 
