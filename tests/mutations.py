@@ -339,6 +339,20 @@ MUTATIONS = (
         "tests/baselines/test_adan.py",
     ),
     Mutation(
+        "the fallback decays by its own rate",
+        "grng/update.py",
+        "_decay_(others, rate * decay * gate)",
+        "_decay_(others, lr * decay * gate)",
+        "tests/optimizer/test_first_step.py -k weight_decay",
+    ),
+    Mutation(
+        "plain values in a checkpoint",
+        "benchmarks/compare.py",
+        "str(torch.__version__)",
+        "torch.__version__",
+        "tests/benchmarks/test_bench_trial.py -k killed",
+    ),
+    Mutation(
         "the step's rate",
         "grng/update.py",
         'group["momentum"], gate), lr * gate)',

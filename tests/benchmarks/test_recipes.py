@@ -42,6 +42,7 @@ def test_there_are_recipes():
         "deepobs-cifar10-muon",
         "mnist1d",
         "mnist1d-decay",
+        "mnist1d-gru",
         "fast",
         "fast-value",
         "full",
