@@ -303,7 +303,7 @@ def test_weights_of_every_precision_decay(order: int) -> None:
     """By the same factor, whichever comes first in their group."""
     model = TwoPrecisions()
     params = [p for layer in list(model.children())[::order] for p in layer.parameters()]
-    optimizer = GRNG(model, "ring", params=params, lr=0.1, weight_decay=0.01, fallback_lr=0.0)
+    optimizer = GRNG(model, "ring", params=params, lr=0.1, weight_decay=0.01, fallback_lr=0.1)
     before = model.high.weight.detach().clone()
     (0 * model(torch.randn(5, 3)).sum()).backward()
     optimizer.step()
