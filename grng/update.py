@@ -59,7 +59,7 @@ def update_(
 
 def _decay_(params: list[nn.Parameter], part: Tensor) -> None:
     for dtype in {p.dtype for p in params}:  # a factor of less precision would round small decays away
-        own = [p for p in params if p.dtype == dtype]
+        own: list[Tensor] = [p for p in params if p.dtype == dtype]
         torch._foreach_mul_(own, (1 - part).to(torch.promote_types(dtype, torch.float32)))
 
 
