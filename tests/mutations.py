@@ -31,6 +31,27 @@ class Mutation(NamedTuple):
 
 MUTATIONS = (
     Mutation(
+        "a loss beside the cast that is returned",
+        "grng/curvature/capture.py",
+        "if node is not f.grad_fn:",
+        "if False:",
+        "tests/optimizer/test_contract.py -k go_through_the_cast",
+    ),
+    Mutation(
+        "a cast and what it is of, both measured",
+        "grng/curvature/passes.py",
+        "return self.heard != before",
+        "return True",
+        "tests/optimizer/test_contract.py -k of_the_cast",
+    ),
+    Mutation(
+        "a place that leads back to the output's cast",
+        "grng/curvature/engines.py",
+        "node, number, *_ = origin(get_gradient_edge(output))",
+        "node, number, *_ = get_gradient_edge(output)",
+        "tests/curvature/test_lifecycle.py -k pins_nothing",
+    ),
+    Mutation(
         "a buffer that is drawn from",
         "benchmarks/workloads/deepobs.py",
         "place = int(draw * len(buffer))",

@@ -24,7 +24,8 @@ CASES = [pytest.param(code, id=f"{page.stem}-{i}") for page in PAGES for i, code
 
 
 @pytest.mark.parametrize("code", CASES)
-def test_example_runs(code: str) -> None:
+def test_example_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {"__name__": "example"}
     exec(compile(code, "example", "exec"), scope)
     optimizer = scope["opt"]

@@ -24,7 +24,7 @@ from grng.curvature.fisher import FisherReader
 from grng.curvature.layers import STATUS, Layer
 from grng.curvature.likelihood import Reading
 from grng.curvature.order import ORDERS, RowOrder
-from grng.curvature.passes import Batch, Context, Pass, find_output
+from grng.curvature.passes import Batch, Context, Pass, find_output, origin
 from grng.curvature.statistics import Statistics
 from grng.curvature.ties import Ties
 from grng.distributed import Processes, together
@@ -131,6 +131,10 @@ class Capture:
             return
         values, number, version = f.detach(), f.output_nr, f._version
         hook = f.register_hook(lambda g: self._at_output(current, values, number, version, g))
+        if f.grad_fn is not None:
+            node, behind, *_ = origin(get_gradient_edge(f))
+            if node is not f.grad_fn:
+                node.register_prehook(lambda gs: self._behind_output(current, values, behind, gs))
         if self.fisher.noise.weights:  # before the last layer's own hook, which has to see what is handed on
             hooks: Any = f._backward_hooks
             for key in [key for key in hooks if key != hook.id]:
@@ -138,10 +142,21 @@ class Capture:
 
     def _at_output(self, current: Pass, f: Tensor, number: int, version: int, gradient: Tensor) -> Tensor | None:
         """Measure, and hand on the gradient that the likelihood's noise makes of it."""
-        if self._busy or not self.collecting or not self._ties.measures(current.context):
+        if self._busy or not self.collecting or not self._ties.measures(current.context) or not current.context.hears():
             return None
         self._output_gradient(current, f, number, version, gradient)
         return self.fisher.weighted(f, gradient) if self.collecting else None
+
+    def _behind_output(
+        self, current: Pass, f: Tensor, number: int, gradients: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor | None, ...] | None:
+        """At what the output is a cast of: that of a loss which the model has computed itself, without the cast."""
+        gradient = gradients[number]
+        if gradient is None:
+            return None
+        f = f.to(gradient.dtype)
+        handed_on = self._at_output(current, f, number, f._version, gradient)
+        return None if handed_on is None else (*gradients[:number], handed_on, *gradients[number + 1 :])
 
     def probe(self, model: nn.Module, x: Any) -> tuple[Tensor, Callable[[Tensor], Iterator[tuple[Layer, Statistics]]]]:
         """The output of a forward pass that is no training step's, and what gives the statistics of every use of a
@@ -155,7 +170,7 @@ class Capture:
         if self._probed is None:
             raise TypeError("the model returned no tensor with a graph: is it the model that is trained?")
         (current, f), self._probed = self._probed, None
-        place = get_gradient_edge(f)
+        place = origin(get_gradient_edge(f))
 
         def gradients(cotangent: Tensor) -> Iterator[tuple[Layer, Statistics]]:
             with torch.no_grad(), self._nested(f.device):
@@ -173,7 +188,7 @@ class Capture:
         if current.context.closed or not self.collecting:
             return  # the graph is walked again: its labels were drawn and its rows counted; or the step is abandoned
         # The node that runs this hook; holding it from the forward pass on would be a cycle through the graph.
-        place = GradientEdge(torch._C._current_autograd_node(), number)
+        place = origin(GradientEdge(torch._C._current_autograd_node(), number))
         differentiable = torch.is_grad_enabled()  # backward(create_graph=True)
         with torch.no_grad(), self._nested(f.device):
             gradient = gradient.detach()

@@ -18,6 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from grng.curvature.attention import Arrangement, arrangement, projections
 from grng.curvature.layers import Layer
+from grng.curvature.passes import origin
 from grng.errors import invalid
 
 if TYPE_CHECKING:
@@ -135,14 +136,15 @@ class HooksEngine:
         """
         if output is None or output.grad_fn is None:
             return
-        node, number = output.grad_fn, output.output_nr
+        node, number, *_ = origin(get_gradient_edge(output))
         made = node._sequence_nr()
+        places = [origin(use.edge) for use in current.uses]
         current.uses = [
             use._replace(edge=GradientEdge(None, number))  # type: ignore[arg-type]
-            if use.edge.node is node and use.edge.output_nr == number
+            if place.node is node and place.output_nr == number
             else use
-            for use in current.uses
-            if use.edge.node._sequence_nr() <= made
+            for use, place in zip(current.uses, places, strict=True)
+            if place.node._sequence_nr() <= made
         ]
 
     def pairs(

@@ -293,7 +293,7 @@ class FisherReader:
             self.empirical = self.config.fisher == "empirical"
         self._loss_scale = state["loss_scale"].to(device, copy=True)
         self.noise.load_state(state)
-        self.reason = "as in the checkpoint"
+        self.reason = "as in the checkpoint" if self.decided else "not seen yet"
 
     def _is(self, kind: type[Likelihood], dim: int) -> bool:
         return type(self.likelihood) is kind and self.likelihood.class_dim == dim

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 if TYPE_CHECKING:
     from grng.curvature.engines import Pair, Use
@@ -22,7 +22,7 @@ class Context:
     model's. `calls` counts how often each layer was called, and `held` keeps the true gradients of those called several
     times until all are there. `kind` says what becomes of the gradients of the backward pass that runs; `closed` that
     one has gone through, `epoch` when, and `looked` that it returned its gradients and left no graph of them: a look at
-    them, as losses are weighted by, rather than a step's.
+    them, as losses are weighted by, rather than a step's. `heard` is the last backward pass that came to the output.
     """
 
     normaliser: Tensor | None = None
@@ -37,6 +37,12 @@ class Context:
     left: bool = False
     kind: str = ""
     task: int = -1
+    heard: int = -1
+
+    def hears(self) -> bool:
+        """Whether the backward pass that runs comes to the output for the first time."""
+        before, self.heard = self.heard, torch._C._current_graph_task_id()
+        return self.heard != before
 
     def meets(self, layers: Sequence["Layer"]) -> bool:
         """Whether this is the first that is seen of the backward pass that runs. Its kind is "" where it reaches no
@@ -151,3 +157,25 @@ def find_output(output: Any) -> Tensor | None:
 
 def _first(values: Any) -> Tensor | None:
     return next((f for f in map(find_output, values) if f is not None), None)
+
+
+CAST = "ToCopyBackward0"
+
+
+def origin(place: GradientEdge) -> GradientEdge:
+    """The place in the graph behind casts: accelerate returns casts of what a model puts out, and the loss that the
+    model has computed itself does not go through them.
+
+    >>> x = torch.ones(2, requires_grad=True).sin()
+    >>> origin(get_gradient_edge(x.bfloat16().float())).node is x.grad_fn
+    True
+    """
+    node, number = place.node, place.output_nr
+    while node.name() == CAST:
+        before, its = node.next_functions[0]
+        if before is None or before.name() == "torch::autograd::AccumulateGrad":
+            break
+        if before._input_metadata[its].device != node._input_metadata[number].device:
+            break
+        node, number = before, its
+    return GradientEdge(node, number)

@@ -207,10 +207,21 @@ def with_value_head() -> nn.Module:
     return Named(run, a=nn.Linear(4, 3), b=nn.Linear(3, 1))
 
 
+def with_cast_output() -> nn.Module:
+    """What is read lies behind a cast, and both are returned."""
+
+    def run(m: nn.Module, x: Tensor) -> Any:
+        f = m.a(x)
+        return f.float(), f.sum()
+
+    return Named(run, a=nn.Linear(4, 3))
+
+
 PINS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "mlp": (mlp, ENGINES),
     "a layer alone": (lambda: nn.Linear(4, 3), ("hooks",)),
     "value head": (with_value_head, ("hooks",)),
+    "cast output": (with_cast_output, ("hooks",)),
 }
 
 

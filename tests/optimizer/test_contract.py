@@ -1,5 +1,6 @@
 """What torch.optim promises: groups, schedules, closures, hooks, gradients; and what a second pass must leave alone."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from .cases import (
     relative,
     settings,
     stream,
+    tensors_of,
     train,
     vector,
 )
@@ -511,3 +513,56 @@ def test_outputs_that_are_no_tensor(method: Method, kind: str) -> None:
                 optimizer.step()
         ends.append(vector(model))
     assert torch.equal(*ends)
+
+
+CASTS: dict[str, Callable[[Tensor], Tensor]] = {"once": Tensor.double, "twice": lambda f: f.double().float()}
+
+
+class Cast(nn.Module):
+    """Returns a cast of its output, and the cross-entropy of what was cast; `cast` None: of none."""
+
+    def __init__(self, cast: str | None) -> None:
+        super().__init__()
+        self.body, self.cast = mixed(torch.float32), cast
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        f = self.body(x.float())
+        return {"loss": cross_entropy(f, y), "logits": f if self.cast is None else CASTS[self.cast](f)}
+
+
+def run_cast(method: Method, cast: str | None, loss: str, fisher: Any = "mc") -> tuple[Tensor, dict[str, Tensor], GRNG]:
+    model = Cast(cast)
+    optimizer = method(model, curvature=Curvature(stats_every=1, fisher=fisher))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        output = model(x, y)
+        value = output["loss"] if loss == "inside" else cross_entropy(output["logits"].double(), y)
+        value.backward()
+        return value
+
+    for x, y in stream(3):
+        optimizer.step(closure)
+    optimizer.close()
+    return vector(model), tensors_of(optimizer), optimizer
+
+
+@pytest.mark.parametrize("cast", list(CASTS))
+@methods()
+def test_a_loss_that_does_not_go_through_the_cast_that_is_returned(method: Method, cast: str) -> None:
+    """As under accelerate in mixed precision with a model that computes its own loss: the same to the bit."""
+    plain, casts = run_cast(method, None, "inside"), run_cast(method, cast, "inside")
+    assert {row.verified for row in casts[2].coverage()} <= {"yes", "-"}
+    assert torch.equal(plain[0], casts[0])
+    assert plain[1].keys() == casts[1].keys()
+    assert [name for name, t in plain[1].items() if not t.allclose(casts[1][name], rtol=0, atol=0, equal_nan=True)] == []
+
+
+@pytest.mark.parametrize("cast", list(CASTS))
+@methods("ring", "ekfac", "reng-double")
+def test_a_loss_of_the_cast_is_measured_once(method: Method, cast: str) -> None:
+    """By the gradient in the precision of the cast; where labels drawn in that are others, under the exact Fisher."""
+    fisher = "mc" if cast == "twice" else "exact"
+    plain, casts = (run_cast(method, which, "outside", fisher) for which in (None, cast))
+    assert {row.verified for row in casts[2].coverage()} <= {"yes", "-"}
+    assert relative(casts[0], plain[0]) < 1e-5
