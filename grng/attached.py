@@ -1,4 +1,4 @@
-"""What ties an optimizer to a model: hooks, layers, the preconditioner's stacks; coverage, state and life cycle."""
+"""What ties an optimizer to a model: hooks, layers, the preconditioner's stacks; coverage and life cycle."""
 
 import warnings
 import weakref
@@ -11,40 +11,20 @@ from torch import Tensor, nn
 
 from grng.curvature import Capture, Coverage, Curvature, Layer, Statistics
 from grng.curvature.engines import Hook
-from grng.curvature.layers import STATUS
-from grng.curvature.order import ORDERS, UNKNOWN
 from grng.curvature.plan import check_model, coverage_of, find_layers, named_groups
-from grng.damping import Damping
 from grng.distributed import several, unwrapped
 from grng.errors import GRNGWarning, check_nonnegative, finite, invalid
-from grng.fallback import make_averages, make_momentum
+from grng.keeping import COUNTERS, KeepingOptimizer
 from grng.matrices import Matrices
 from grng.preconditioners import Preconditioner, make_groups
-from grng.region import TrustRegion
-from grng.regularizers import FrontEnd
 from grng.regularizers.base import check_groups
-from grng.regularizers.frontend import STEPS
 from grng.schedule import Schedule
-from grng.torch_optim import StrictOptimizer
 
 DRIFT = 1e-4  # of |g|^2 and |D|^2 between processes: rounding stays below it
-COUNTS = ("refreshes", "skipped", "uncaptured", "broken")
-COUNTERS = ("grad_norm", "lam", "kl_scale", "misfit", *COUNTS)
-ON_HOST = (
-    *("fisher_rng", "likelihood", "layer_status", "grng_steps", "grng_method", "grng_period", "grng_decomposed"),
-    "grng_visits",
-    STEPS,
-)
-OF_A_PARAMETER = ("momentum", "exp_avg", "exp_avg_sq", "step")
 
 
-class AttachedOptimizer(StrictOptimizer):
-    """The part of GRNG that is not the step."""
-
-    variant: str
-    _damping: Damping
-    _region: TrustRegion
-    _front: FrontEnd
+class AttachedOptimizer(KeepingOptimizer):
+    """The part of GRNG that is neither the step nor what is kept."""
 
     def _attach(
         self,
@@ -66,33 +46,43 @@ class AttachedOptimizer(StrictOptimizer):
             group["base_lr"] = float(group["lr"])
         trainable = {p for group in self.param_groups for p in group["params"]}
         self._frozen = [p for p in self._names if not p.requires_grad]
-        devices = {p.device for p in trainable}
-        if len(devices) > 1:
-            raise invalid("model", sorted(map(str, devices)), "on one device", "Move it with model.to(device).")
-        self._device = devices.pop()
         self._layers, self._uncovered = find_layers(
             model, trainable, preconditioner.takes_others and curvature.fisher != "empirical"
         )
-        self._groups = make_groups(self._layers, curvature)
-        self._matrices = Matrices(self._layers, self._groups)
         self._paired = [] if preconditioner.elementwise else [x for x in self._layers if len(x.parameters) > 1]
         self._shares: Tensor | None = None  # of every matrix in the largest curvature, until the next refresh
         preconditioner.attach(self)
-        preconditioner.setup(self._groups, curvature)
+        self._allocate()
         # A weak sink: the finalizer keeps the capture, which must not keep this optimizer.
         self._capture = Capture(
-            model, self._layers, curvature, Hook(self, "_observe"), twice, dropped=Hook(self, "_discard")
+            model,
+            self._layers,
+            curvature,
+            Hook(self, "_observe"),
+            twice,
+            dropped=Hook(self, "_discard"),
+            entered=Hook(self, "_follow"),
         )
         self._finalizer = weakref.finalize(self, self._capture.close)
         self._model = weakref.ref(model)
         self._schedule = Schedule(self._layers, curvature, preconditioner)
-        self._made = torch.zeros(2, dtype=torch.float64, device=self._device)  # |g|^2 and |D|^2 of the last step
         self._fresh: set[Layer] = set()  # observed since the last step
         self._current: set[Layer] = set()  # observed for this step
         self._observed: set[Layer] = set()  # ever observed
         self._missed: dict[Layer, int] = {}  # how often in a row, though they have gradients
-        self._scalars = {name: torch.zeros((), device=self._device) for name in COUNTERS}
         self._link_state()
+
+    def _allocate(self) -> None:
+        """Make what lies where the parameters do and is as precise as they are."""
+        devices = {p.device for group in self.param_groups for p in group["params"]}
+        if len(devices) > 1:
+            raise invalid("model", sorted(map(str, devices)), "on one device", "Move it with model.to(device).")
+        self._device, self._places = devices.pop(), self._where()
+        self._groups = make_groups(self._layers, self._curvature)
+        self._matrices = Matrices(self._layers, self._groups)
+        self._preconditioner.setup(self._groups, self._curvature)
+        self._made = torch.zeros(2, dtype=torch.float64, device=self._device)  # |g|^2 and |D|^2 of the last step
+        self._scalars = {name: torch.zeros((), device=self._device) for name in COUNTERS}
 
     def _observe(self, layer: Layer, statistics: Statistics) -> None:
         self._schedule.observe(layer, statistics)
@@ -261,126 +251,7 @@ class AttachedOptimizer(StrictOptimizer):
         own = {**self._scalars, "rho": self._damping.rho, "failures": self._preconditioner.failures}
         return {**self._front.diagnostics, **own}
 
-    # State and life cycle.
-
-    def _link_state(self) -> None:
-        """Put the preconditioner's quantities under their parameters, as views."""
-        _ = self.state[self._first]  # torch.distributed.checkpoint asks for a step where there is no state
-        for layer in self._layers:
-            self.state[layer.owner].update(self._preconditioner.state(layer))
-
-    def _complete_state(self) -> None:
-        """Make what the first step would: a checkpoint is read back by the names that a fresh optimizer's state has."""
-        active = {p for layer in self._layers if layer.active for p in layer.parameters}
-        for group in self.param_groups:
-            for p in group["params"]:
-                like = torch.empty_like(p, dtype=self._curvature.factor_dtype(p))
-                if p not in active:
-                    make_averages(self.state[p], like)
-                elif group["momentum"]:
-                    make_momentum(self.state[p], like)
-
-    @property
-    def _first(self) -> nn.Parameter:
-        return self.param_groups[0]["params"][0]
-
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's; every tensor stands under a parameter, factors in their own precision.
-
-        Take it between `step()` and the next `backward()`: what a backward pass has measured so far is not in it.
-        """
-        self._complete_state()
-        for layer in self._layers:
-            order = ORDERS.index(layer.order), self._capture.order.axis
-            flags = (STATUS.index(layer.status), layer in self._observed, *order)
-            for p in layer.parameters:  # torch.distributed.checkpoint takes no parameter without state
-                self.state[p]["layer_status"] = torch.tensor(flags)
-        shared = {**self._schedule.state(), **self._damping.state(), **self._region.state()}
-        shared["grng_method"] = torch.tensor(list(self._method.encode()), dtype=torch.uint8)
-        counts = [self._scalars[name] for name in COUNTS]
-        shared["grng_counts"] = torch.stack([*counts, self._preconditioner.failures.to(self._device)])
-        shared |= self._front.state()
-        self.state[self._first].update(shared, **self._capture.fisher.state(self._device))
-        return super().state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a checkpoint, to the bit.
-
-        Raises:
-            ValueError: it was written by another variant or for another model; nothing is changed then.
-        """
-        super().load_state_dict(state_dict)
-
-    def _restore(self, state_dict: dict[str, Any]) -> None:
-        for p, state in self._saved(state_dict).items():
-            for name, value in state.items():
-                self.state[p][name] = value.to("cpu" if name in ON_HOST else p.device, copy=True)
-        self._preconditioner.discard()
-        self._fresh, self._observed = set(), set()
-        self._shares = None
-        for layer in self._layers:
-            state = self.state[layer.owner]
-            self._preconditioner.load_state(layer, state)
-            status, observed, order, axis = (int(v) for v in state["layer_status"])
-            # What was found here stays so, where the checkpoint is of before.
-            if ORDERS[order] != UNKNOWN:
-                layer.order, self._capture.order.axis = ORDERS[order], axis
-            if STATUS[status] != "pending":
-                layer.status = STATUS[status]
-                layer.reason = "as in the checkpoint" if layer.status == "failed" else ""
-            if observed:
-                self._observed.add(layer)
-        shared = self.state[self._first]
-        self._schedule.load_state(shared)
-        self._damping.load_state(shared)
-        self._region.load_state(shared)
-        self._front.load_state(shared)
-        if "grng_counts" in shared:
-            *counts, failures = shared["grng_counts"].clone()
-            self._scalars.update(zip(COUNTS, counts, strict=True))
-            self._preconditioner.failures = failures.cpu()
-        self._capture.fisher.load_state(shared, self._device)
-        self._link_state()
-        self._capture.finish_step(self._due())
-
-    @property
-    def _method(self) -> str:
-        return f"variant {self.variant!r} with preconditioner {self._preconditioner.name!r}"
-
-    def _check_state(self, state_dict: dict[str, Any]) -> None:
-        own, theirs = ([len(g["params"]) for g in groups] for groups in (self.param_groups, state_dict["param_groups"]))
-        if own != theirs:
-            return  # torch says so itself
-        saved = self._saved(state_dict)
-        if "grng_method" not in saved[self._first]:
-            raise ValueError("the checkpoint is not GRNG's: it holds no 'grng_method' under the first parameter")
-        written = bytes(saved[self._first]["grng_method"].tolist()).decode()
-        remedy = "Build GRNG with the variant, preconditioner and model that the checkpoint was written with"
-        if written != self._method:
-            raise ValueError(f"the checkpoint was written by {written}, but this is {self._method}. {remedy}")
-        if self._front.chain and STEPS not in saved[self._first]:
-            raise ValueError(f"the checkpoint was written without regularizers: it holds no {STEPS!r}. {remedy}")
-        held = [(p, name) for p in saved for name in OF_A_PARAMETER if name in saved[p]]
-        wanted = {(p, name): torch.Size() if name == "step" else p.shape for p, name in held}
-        for part in (self._damping, self._region):
-            wanted.update({(self._first, name): value.shape for name, value in part.state().items()})
-        for layer in self._layers:
-            state = {**self._preconditioner.state(layer), "layer_status": torch.zeros(4)}
-            wanted.update({(layer.owner, name): value.shape for name, value in state.items()})
-        for (p, name), shape in wanted.items():
-            if name not in saved[p] or saved[p][name].shape != shape:
-                raise ValueError(
-                    f"the checkpoint does not fit {self._names[p]} of the model under {self._method}: {name!r} of "
-                    f"shape {tuple(shape)} is expected. {remedy}"
-                )
-        failed = [layer for layer in self._layers if STATUS[int(saved[layer.owner]["layer_status"][0])] == "failed"]
-        if self._capture.fisher.lacks(saved[self._first]) or any(
-            "exp_avg" not in saved[p] for layer in failed for p in layer.parameters
-        ):
-            raise ValueError(
-                "the checkpoint is not whole: torch.distributed.checkpoint.load() reads it by the names that this "
-                "optimizer's state has. Let it make a step before its state is asked for"
-            )
+    # Life cycle.
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(

@@ -49,6 +49,10 @@ class Damping:
     ) -> None:
         self.variant, self.given_rho, self.given_floor = variant, None if rho == "auto" else rho, lam0
         self.adapts, self.every = adapts, ADAPT_EVERY
+        self.place(device)
+
+    def place(self, device: torch.device) -> None:
+        """Begin anew on a device."""
         # In float64, so that a setting reaches float64 factors unrounded.
         self.latest = self.largest = self.norm = torch.zeros((), dtype=torch.float64, device=device)  # s, S, N
         self.mean = self.weight = self.latest  # of ||g||^2 over MEMORY, and how much of that memory is filled

@@ -198,6 +198,7 @@ class GRNG(AttachedOptimizer):
         if not isinstance(self._preconditioner, Kalman):
             raise TypeError(f"{self._method} keeps no posterior: variant 'kalman' does")
         self._check_open()
+        self._follow()
         return Posterior(self)
 
     def passes(self, scale: Any = None) -> Iterator[AbstractContextManager[None]]:
@@ -224,6 +225,7 @@ class GRNG(AttachedOptimizer):
                 the optimizer was closed.
         """
         self._check_open()
+        self._follow()
         with under_scaler(self, closure) as scaled:
             return self._step(closure, scaled)
 

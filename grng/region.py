@@ -39,7 +39,12 @@ class TrustRegion:
             self.kl_clip, self.step_clip = (
                 None if clip == "auto" else clip for clip in (curvature.kl_clip, curvature.step_clip)
             )
-        self._layers, self._matrices = layers, matrices
+        self._layers = layers
+        self.place(matrices)
+
+    def place(self, matrices: Matrices) -> None:
+        """Begin anew with the matrices of a model that was moved."""
+        self._matrices = matrices
         self.start = torch.zeros_like(matrices.least)  # ||W_l^0||, 0 until the first step
 
     def __call__(

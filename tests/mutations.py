@@ -31,6 +31,20 @@ class Mutation(NamedTuple):
 
 MUTATIONS = (
     Mutation(
+        "a model that is moved under its optimizer",
+        "grng/keeping.py",
+        "if self._where() == self._places:",
+        "if True:",
+        "tests/optimizer/test_resume.py -k another_precision",
+    ),
+    Mutation(
+        "averages in the precision that the model had",
+        "grng/keeping.py",
+        "self._curvature.factor_dtype(p) if name in AS_GRADIENTS else None",
+        "None",
+        "tests/optimizer/test_resume.py -k another_precision",
+    ),
+    Mutation(
         "a loss beside the cast that is returned",
         "grng/curvature/capture.py",
         "if node is not f.grad_fn:",

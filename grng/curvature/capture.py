@@ -47,6 +47,7 @@ class Capture:
         sink: called for every use of every layer, inside the backward pass.
         twice: whether a step takes a second pass.
         dropped: called by :meth:`drop`, to let go of what the sink has kept.
+        entered: called as a forward pass begins that is measured.
     """
 
     def __init__(
@@ -57,8 +58,9 @@ class Capture:
         sink: Callable[[Layer, Statistics], None],
         twice: bool = False,
         dropped: Callable[[], None] = lambda: None,
+        entered: Callable[[], None] = lambda: None,
     ) -> None:
-        self.layers, self.config, self._dropped = layers, config, dropped
+        self.layers, self.config, self._dropped, self._entered = layers, config, dropped, entered
         self.collecting = True
         self._thread = threading.local()
         self.entered = False  # whether a forward pass was ever seen
@@ -102,6 +104,7 @@ class Capture:
         if not self.collecting or self._busy or transformed or not torch.is_grad_enabled():
             self.current = None
             return
+        self._entered()
         given = [x for x in args if isinstance(x, Tensor) and x.requires_grad]
         self.current, self.entered = Pass(given=given), True
         if self.fisher.processes is None:

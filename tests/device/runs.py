@@ -159,6 +159,27 @@ def moved_on(name: str, first: str, then: str) -> float:
     return (vector(other.model).cpu() - vector(straight.model)).abs().max().item()
 
 
+def model_moved(method: str, when: int, first: str, then: str) -> float:
+    """How far a run whose model is moved at step `when`, after the optimizer was made, is from one on the CPU."""
+    found = []
+    for devices in (("cpu", "cpu"), (first, then)):
+        model = mixed().to(devices[0])
+        torch.manual_seed(2)
+        x, y = points(6)
+        torch.__future__.set_swap_module_params_on_conversion(True)  # the parameters stay, as on their way to a GPU
+        try:
+            with METHODS[method](model) as optimizer:
+                for step in range(STEPS):
+                    if step == when:
+                        model.to(devices[1])
+                    device = next(model.parameters()).device
+                    train(optimizer, model, [(x.to(device), y.to(device))])
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(False)
+        found.append(vector(model).cpu())
+    return (found[1] - found[0]).abs().max().item()
+
+
 def posterior(method: str) -> dict[str, float]:
     """How far what the posterior says on the device is from what it says on the CPU."""
     said: list[dict[str, Tensor]] = []

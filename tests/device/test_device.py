@@ -83,6 +83,14 @@ def test_checkpoints_move_between_devices(on: On, name: str, first: str, then: s
     assert on(runs.moved_on, name, first, then) < 1e-9
 
 
+@pytest.mark.parametrize(("first", "then"), WHERE)
+@pytest.mark.parametrize("when", [0, 4])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_that_is_moved_under_its_optimizer(on: On, method: str, when: int, first: str, then: str) -> None:
+    """As trainers do: its state goes along."""
+    assert on(runs.model_moved, method, when, first, then) < 1e-9
+
+
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.kalman])
 def test_posterior(on: On, method: str) -> None:
     found = on(runs.posterior, method)

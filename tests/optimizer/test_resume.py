@@ -305,3 +305,48 @@ def test_a_checkpoint_of_another_kind_of_device(size: int) -> None:
         loaded.load_state_dict(saved)
     train(loaded, other, stream(2))
     assert loaded.state_dict()["state"][0]["grng_steps"] == 4
+
+
+# A model that is moved under its optimizer, as trainers do; to another device in tests/device.
+
+
+@pytest.mark.parametrize("first", ["forward", "state_dict", "load_state_dict"])
+@pytest.mark.parametrize("when", [0, 3])
+@methods()
+def test_a_model_in_another_precision_since(method: Method, when: int, first: str) -> None:
+    """Goes on as a new optimizer with the checkpoint would, to the bit, whatever asks first where the state is."""
+    model = mixed(torch.float32)
+    optimizer, batches = method(model), stream(7)
+    train(optimizer, model, [(x.float(), y) for x, y in batches[:when]])
+    saved = deepcopy((model.state_dict(), optimizer.state_dict()))
+    model.double()
+    if first == "state_dict":
+        optimizer.state_dict()
+    elif first == "load_state_dict":
+        optimizer.load_state_dict(saved[1])
+    train(optimizer, model, batches[when:])
+    assert {row.verified for row in optimizer.coverage()} <= {"yes", "-"}
+    other = mixed(torch.float64)
+    with method(other) as fresh:
+        other.load_state_dict(saved[0])
+        fresh.load_state_dict(saved[1])
+        train(fresh, other, batches[when:])
+        state = tensors_of(fresh)
+    assert torch.equal(vector(model), vector(other))
+    for name, value in tensors_of(optimizer).items():
+        torch.testing.assert_close(value, state[name], rtol=0, atol=0, equal_nan=True, msg=name)
+        assert value.dtype == torch.float64 or name.split(".")[-1] not in ("momentum", "exp_avg", "exp_avg_sq")
+    optimizer.close()
+
+
+@methods("kalman-vd", "kalman-kron")
+def test_posterior_of_a_model_in_another_precision_since(method: Method) -> None:
+    model = mixed(torch.float32)
+    with method(model) as optimizer:
+        train(optimizer, model, [(x.float(), y) for x, y in stream(3)])
+        before = optimizer.posterior.variance()
+        model.double()
+        after = optimizer.posterior.variance()
+    for name, value in before.items():
+        assert after[name].dtype == torch.float64
+        torch.testing.assert_close(after[name], value.double(), rtol=1e-6, atol=0)

@@ -1,4 +1,4 @@
-"""Loops that others have written: transformers' Trainer and accelerate, which wrap the model, the loss and the optimizer."""
+"""Loops that others have written: transformers' Trainer and accelerate, which wrap model, loss and optimizer."""
 
 import warnings
 from pathlib import Path
