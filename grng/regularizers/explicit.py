@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from grng.curvature.passes import find_output
+from grng.curvature.passes import find_output, origin
 from grng.distributed import Processes, together
 from grng.errors import invalid, unknown
 from grng.regularizers.base import FirstPass, Gradients, Note, Parameters, Passes
@@ -230,9 +231,9 @@ class ProductPass(FirstPass):
                 f"mode 'ggn' reads the output of one forward pass of the model a step, but saw {self.calls}: call the "
                 "model that the optimizer was given, once, or use mode 'forward'"
             )
-        f, loss = self.output, self.loss
+        f, loss = origin(get_gradient_edge(self.output)), self.loss
         assert loss is not None
-        v = torch.zeros_like(f, requires_grad=True)
+        v = torch.zeros_like(self.output, requires_grad=True)
         back = torch.autograd.grad(f, [p for p, _, _ in have], v, create_graph=True, allow_unused=True)
         inner = [(b * g).sum() for b, (_, _, g) in zip(back, have, strict=True) if b is not None]
         (Jg,) = torch.autograd.grad(torch.stack(inner).sum(), v, retain_graph=True)

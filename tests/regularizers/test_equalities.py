@@ -152,6 +152,38 @@ def test_gauss_newton_product(B: int) -> None:
     assert torch.allclose(found, g + rho * (G @ g), atol=1e-12)
 
 
+class Cast(nn.Module):
+    """Returns a cast of its body's output, and keeps that."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body, self.kept = body, torch.empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = self.body(x)
+        return self.kept.double()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_gauss_newton_product_where_a_cast_is_returned(inside: bool) -> None:
+    """Of a loss of the cast, and of one of what it is of, as a model has it that computes its own loss."""
+    body, (x, y) = mlp(4, 9, 3, dtype=torch.float32), stream(1)[0]
+    expected = handed_on(body, Explicit(0.3, "ggn"), x.float(), y)
+    model = Cast(body)
+    optimizer = Regularized(torch.optim.SGD(model.parameters(), lr=1.0), Explicit(0.3, "ggn"), model=model)
+    before = vector(model)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        f = model(x.float())
+        loss = cross_entropy(model.kept if inside else f, y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    torch.testing.assert_close(before - vector(model), expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (4, 2, 3)])
 @pytest.mark.parametrize("scope", ["tensor", "row"])
 def test_agr_formula(shape: tuple[int, ...], scope: str) -> None:
