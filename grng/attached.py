@@ -47,7 +47,10 @@ class AttachedOptimizer(KeepingOptimizer):
         trainable = {p for group in self.param_groups for p in group["params"]}
         self._frozen = [p for p in self._names if not p.requires_grad]
         self._layers, self._uncovered = find_layers(
-            model, trainable, preconditioner.takes_others and curvature.fisher != "empirical"
+            model,
+            trainable,
+            preconditioner.takes_others and curvature.fisher != "empirical",
+            lambda layer: preconditioner.obstacle(layer, curvature),
         )
         self._paired = [] if preconditioner.elementwise else [x for x in self._layers if len(x.parameters) > 1]
         self._shares: Tensor | None = None  # of every matrix in the largest curvature, until the next refresh
@@ -235,8 +238,10 @@ class AttachedOptimizer(KeepingOptimizer):
     def coverage(self) -> Coverage:
         """How every trained parameter is treated: method, engine, whether the capture was verified, and why."""
         trained = [p for group in self.param_groups for p in group["params"]]
-        method = self._preconditioner.name
-        return coverage_of(self._names, trained, self._layers, self._uncovered, self._capture, method, "adamw")
+        method = self._preconditioner
+        return coverage_of(
+            self._names, trained, self._layers, self._uncovered, self._capture, method.name, "adamw", method.remark
+        )
 
     @property
     def diagnostics(self) -> dict[str, Tensor]:

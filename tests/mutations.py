@@ -31,6 +31,20 @@ class Mutation(NamedTuple):
 
 MUTATIONS = (
     Mutation(
+        "factors beyond the limit",
+        "grng/preconditioners/kfac.py",
+        "return config.beyond(*layer.sides)",
+        'return ""',
+        "tests/optimizer/test_large_layers.py -k beyond_the_limit",
+    ),
+    Mutation(
+        "words counted as a side",
+        "grng/curvature/layers.py",
+        "1 if self.indexed else self.n_in",
+        "self.n_in",
+        "tests/optimizer/test_large_layers.py -k beyond_the_limit",
+    ),
+    Mutation(
         "a model that is moved under its optimizer",
         "grng/keeping.py",
         "if self._where() == self._places:",

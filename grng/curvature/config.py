@@ -59,6 +59,10 @@ class Curvature:
             eigenvalue of F and S the largest of all, so that the same part of every layer's spectrum is damped.
             "auto": the variant's own, but "model" where `damping` or a `rho` that damps is a number, or the
             preconditioner knows no curvature of a layer.
+        max_dim: the largest side of a factor, which takes memory with its square and time with its cube: a layer with a
+            larger one (a vocabulary of outputs, the first layer behind a wide feature map) has no factors and follows
+            the fallback, under a Kronecker covariance a diagonal. None: no limit. Sides that take a diagonal anyway
+            (the inputs of embeddings) and methods without factors know none.
         sharing: how a layer used at several positions is treated: `"expand"` (positions count as rows) or `"reduce"`
             (inputs averaged, gradients summed over the positions of a sample).
         dtype: of factors; None: float64 for float64 parameters, float32 for all others.
@@ -80,6 +84,7 @@ class Curvature:
     kl_clip: float | Literal["auto"] | None = "auto"
     step_clip: float | Literal["auto"] | None = "auto"
     relative_to: Literal["auto", "model", "layer"] = "auto"
+    max_dim: int | None = 8192
     sharing: Literal["expand", "reduce"] = "expand"
     dtype: torch.dtype | None = None
     seed: int = 0
@@ -102,6 +107,8 @@ class Curvature:
             value = getattr(self, name)
             if (name, value) != ("inverse_every", None) and (not isinstance(value, int) or value < 1):
                 raise invalid(name, value, "a whole number of steps, at least 1")
+        if self.max_dim is not None and (type(self.max_dim) is not int or self.max_dim < 1):
+            raise invalid("max_dim", self.max_dim, "a whole number, at least 1, or None")
         if not isinstance(self.burn_in, int) or self.burn_in < 0:
             raise invalid("burn_in", self.burn_in, "a whole number of steps, at least 0")
         for name, word in WORDS.items():
@@ -128,6 +135,13 @@ class Curvature:
     def adapts(self) -> bool:
         """Whether the damping follows the reduction of the loss."""
         return self.damping == LEVENBERG_MARQUARDT
+
+    def beyond(self, n_out: int, n_in: int) -> str:
+        """Why matrices of this shape have no factors; "" where they have."""
+        side = max(n_out, n_in)
+        if self.max_dim is None or side <= self.max_dim:
+            return ""
+        return f"a factor of {side} x {side} is beyond max_dim={self.max_dim}"
 
     def factor_dtype(self, parameter: torch.Tensor) -> torch.dtype:
         if self.dtype is not None:

@@ -66,6 +66,11 @@ class Layer:
         return self.geometry.indexed
 
     @property
+    def sides(self) -> tuple[int, int]:
+        """n_out and n_in of its factors that are full matrices."""
+        return self.n_out, 1 if self.indexed else self.n_in
+
+    @property
     def plain(self) -> bool:
         """Whether it is a parameter alone, seen as one row; only its gradient summed over the batch is known then."""
         return self.geometry is PLAIN

@@ -1,6 +1,6 @@
 """Which parameters are trained, which of them belong to layers with curvature, and why the others do not."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -74,10 +74,13 @@ def in_model(p: Any, names: dict[nn.Parameter, str]) -> bool:
 
 
 def find_layers(
-    model: nn.Module, trainable: set[nn.Parameter], others: bool = False
+    model: nn.Module,
+    trainable: set[nn.Parameter],
+    others: bool = False,
+    obstacle: Callable[[Layer], str] = lambda layer: "",
 ) -> tuple[list[Layer], dict[nn.Parameter, str]]:
     """Layers with curvature, and for every other trainable parameter the reason why it has none; with `others` each of
-    these is a plain layer."""
+    these is a plain layer. `obstacle` says of a layer why it has none, or ""."""
     users: dict[nn.Parameter, list[str]] = {}
     kinds: dict[nn.Parameter, str] = {}
     for name, module in model.named_modules():
@@ -91,9 +94,9 @@ def find_layers(
     for name, module in model.named_modules():
         for layer in _layers_of(name, module, trainable):
             shared = [p for p in layer.parameters if len(users[p]) > 1]
-            if shared:
-                for p in layer.parameters:
-                    reasons[p] = f"a weight is shared between {', '.join(users[shared[0]])}"
+            reason = f"a weight is shared between {', '.join(users[shared[0]])}" if shared else obstacle(layer)
+            if reason:
+                reasons.update(dict.fromkeys(layer.parameters, reason))
             else:
                 layers.append(layer)
     covered = {p for layer in layers for p in layer.parameters}
@@ -130,6 +133,7 @@ def coverage_of(
     capture: Capture,
     method: str,
     fallback: str,
+    remark: Callable[[Layer], str],
 ) -> Coverage:
     """One row a trained parameter."""
     owner = {p: layer for layer in layers for p in layer.parameters}
@@ -142,6 +146,7 @@ def coverage_of(
         verified = {"pending": "pending", "verified": "yes", "failed": "no"}[layer.status]
         treatment = method if layer.active else fallback
         kind = type(layer.module).__name__ + f" ({layer.blocks} blocks)" * (layer.blocks > 1) + ORDER_NOTES[layer.order]
+        kind += remark(layer)
         reason = layer.reason or (f"diagonal: {reasons[p]}" if layer.plain else kind)
         rows.append(Row(names[p], shape, treatment, capture.engine.name, verified, reason))
     fisher = capture.config.fisher

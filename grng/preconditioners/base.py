@@ -199,6 +199,14 @@ class Preconditioner(ABC):
         self.failures = torch.zeros(())  # decompositions that found no result
         self.allocate()
 
+    def obstacle(self, layer: Layer, config: Curvature) -> str:
+        """Why a layer is left to the fallback, or "". Asked before `setup`."""
+        return ""
+
+    def remark(self, layer: Layer) -> str:
+        """What the coverage says of a layer beside what it is."""
+        return ""
+
     def allocate(self) -> None:  # noqa: B027
         """Make the quantities that live across steps; a method without any has nothing to do here."""
 

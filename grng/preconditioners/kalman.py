@@ -119,11 +119,16 @@ class Kalman(Preconditioner):
             raise invalid("columns", "grouped", '"auto" or "sample" with fisher="exact"', remedy)
         super().setup(groups, config)
 
+    def remark(self, layer: Layer) -> str:
+        reason = "" if layer.indexed or self.covariance == "diag" else self.config.beyond(layer.n_out, layer.n_in)
+        return reason and f", diagonal: {reason}"
+
     def allocate(self) -> None:
         start = self.p0 or 0.0  # zero: not settled yet
 
         def structured(group: Group) -> bool:
-            return self.covariance == "kron" and not (group.indexed or group.plain)
+            wide = bool(self.config.beyond(group.n_out, group.n_in))
+            return self.covariance == "kron" and not (group.indexed or group.plain or wide)
 
         self.p = self.buffer("p", lambda g: (0, 0) if structured(g) else (g.n_out, g.n_in), start)
         self._covariances: list[Covariance] = []

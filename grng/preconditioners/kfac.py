@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from grng.curvature import Batch, Layer, Statistics
+from grng.curvature import Batch, Curvature, Layer, Statistics
 from grng.errors import unknown
 from grng.kernels import (
     damped_inverse,
@@ -53,6 +53,9 @@ class KFAC(Preconditioner):
         if solver not in SOLVERS:
             raise unknown("solver", solver, SOLVERS)
         self.solver = solver
+
+    def obstacle(self, layer: Layer, config: Curvature) -> str:
+        return config.beyond(*layer.sides)
 
     def allocate(self) -> None:
         self.Lambda = self.moment("Lambda", lambda g: (g.n_in,) if g.indexed else (g.n_in, g.n_in))

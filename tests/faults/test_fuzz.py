@@ -70,6 +70,7 @@ CURVATURE = {
     "kl_clip": mostly(st.one_of(NUMBERS, st.just("auto"))),
     "step_clip": mostly(st.one_of(NUMBERS, st.just("auto"))),
     "relative_to": mostly(st.sampled_from(["auto", "model", "layer"])),
+    "max_dim": mostly(st.sampled_from([None, 1, 5, 8192])),
     "sharing": mostly(st.sampled_from(["expand", "reduce"])),
     "dtype": mostly(st.sampled_from([torch.float32, torch.float64, torch.bfloat16])),
     "seed": mostly(st.sampled_from([0, 7, -1, 2.5])),

@@ -109,6 +109,8 @@ CURVATURE: list[tuple[dict[str, Any], str]] = [
     ({"sharing": "sum"}, r"sharing 'sum'.*expand, reduce"),
     ({"ema": 1.5}, r"ema must be in \[0, 1\].*1\.5"),
     ({"ema": NAN}, r"ema must be in \[0, 1\].*nan"),
+    ({"max_dim": 0}, r"max_dim must be a whole number, at least 1, or None.*0"),
+    ({"max_dim": 512.0}, r"max_dim must be a whole number, at least 1, or None.*512\.0"),
     ({"stats_every": 0}, r"stats_every must be a whole number of steps, at least 1.*0"),
     ({"stats_every": 2.5}, r"stats_every must be a whole number of steps, at least 1.*2\.5"),
     ({"inverse_every": -1}, r"inverse_every must be a whole number of steps, at least 1.*-1"),

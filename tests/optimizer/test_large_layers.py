@@ -11,6 +11,8 @@ from torch.nn.functional import cross_entropy, mse_loss
 from grng import GRNG, Curvature
 from grng.preconditioners import EKFAC, KFAC
 
+from .cases import METHODS, Method, methods
+
 
 def wide(dtype: torch.dtype, rank: int, seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
     """A layer whose inputs span `rank` dimensions, another one behind it, and data."""
@@ -59,10 +61,10 @@ class Doubled(KFAC):
         return [2 * D for D in super().precondition(gradients, damping)]
 
 
-METHODS = {"kfac": KFAC(), "ekfac": EKFAC(), "factored": KFAC("factored"), "newton": KFAC("newton"), "own": Doubled()}
+SOLVERS = {"kfac": KFAC(), "ekfac": EKFAC(), "factored": KFAC("factored"), "newton": KFAC("newton"), "own": Doubled()}
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("rho", [1e-3, 1.0, 1e5])
 @pytest.mark.parametrize("kind", ["small", "wide", "decaying"])
 def test_directions_for_the_penalised_gradient(name: str, rho: float, kind: str) -> None:
@@ -78,7 +80,7 @@ def test_directions_for_the_penalised_gradient(name: str, rho: float, kind: str)
         model, x, y = wide(torch.float64, rank=9)
     else:
         (model, _, y), x = wide(torch.float32, rank=9), torch.randn(40, 160) * torch.logspace(0, -3, 160)
-    method = copy.copy(METHODS[name])
+    method = copy.copy(SOLVERS[name])
     with GRNG(model, "reng", mode="ggn", preconditioner=method, curvature=Curvature(floor=1.0)) as optimizer:
         steps(optimizer, model, x, y, 2)
         stacks = [torch.randn(g.size, g.n_out, g.n_in, dtype=g.dtype) for g in method.groups]
@@ -199,3 +201,64 @@ def test_a_weight_penalty_in_the_loss_is_no_miss(variant: str, engine: str) -> N
         (mse_loss(model(x), y) + model[0].weight.abs().sum()).backward()
         with pytest.warns(UserWarning, match="misses the gradient"):
             optimizer.step()
+
+
+# Sides beyond `max_dim`.
+
+
+class Wide(nn.Module):
+    """An embedding of many words, a convolution and a head; the sides of factors are 6, 3, 6, 6 * 3, 5 and 7 + 1."""
+
+    def __init__(self, classes: int = 5, words: int = 50) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.conv = nn.Embedding(words, 6), nn.Conv1d(6, 7, 3, bias=False)
+        self.head = nn.Linear(7, classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.conv(self.words(tokens).mT).tanh().mean(-1))
+
+
+NAMES = {"words": ["words.weight"], "conv": ["conv.weight"], "head": ["head.weight", "head.bias"]}
+LIMITS = {8: ("words", "head"), 18: ("words", "conv", "head"), 7: ("words",), 5: (), None: ("words", "conv", "head")}
+
+
+@pytest.mark.parametrize("limit", list(LIMITS))
+@methods("ring", "ring-newton", "reng-ggn", "kfac", "ekfac")
+def test_layers_beyond_the_limit_follow_the_fallback(method: Method, limit: int | None) -> None:
+    model, tokens = Wide(), torch.randint(50, (16, 9))
+    labels = tokens[:, 0] % 5
+    with method(model, fallback_lr=1e-2, curvature=Curvature(max_dim=limit)) as optimizer:
+        first = cross_entropy(model(tokens), labels).item()
+        steps(optimizer, model, tokens, labels, 12)
+        rows = {row.parameter: row for row in optimizer.coverage()}
+        shapes = [t.shape for state in optimizer.state.values() for name, t in state.items() if "exp_avg" not in name]
+    covered = {name for layer in LIMITS[limit] for name in NAMES[layer]}
+    assert {name for name, row in rows.items() if row.treatment != "adamw"} == covered
+    assert {row.reason.split(" of")[0] for name, row in rows.items() if name not in covered} <= {"a factor"}
+    assert cross_entropy(model(tokens), labels) < 0.9 * first
+    if limit is not None:  # none of the square matrices is larger
+        assert max([shape[-1] for shape in shapes if len(shape) == 3 and shape[-1] == shape[-2]], default=0) <= limit
+
+
+def test_a_vocabulary_of_outputs_allocates_nothing_of_its_square() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 100_000))
+    with GRNG(model) as optimizer:
+        assert max(t.numel() for state in optimizer.state.values() for t in state.values()) <= 9 * 9
+        (row,) = [row for row in optimizer.coverage() if row.parameter == "2.weight"]
+    assert (row.treatment, row.reason) == ("adamw", "a factor of 100000 x 100000 is beyond max_dim=8192")
+
+
+@pytest.mark.parametrize(("name", "limit"), [("kalman-vd", 5), ("kalman-kron", 7), ("kalman-kron", None)])
+def test_the_filter_takes_a_diagonal_beyond_the_limit(name: str, limit: int | None) -> None:
+    model, tokens = Wide(), torch.randint(50, (16, 9))
+    with METHODS[name](model, curvature=Curvature(max_dim=limit)) as optimizer:
+        first = cross_entropy(model(tokens), tokens[:, 0] % 5).item()
+        steps(optimizer, model, tokens, tokens[:, 0] % 5, 8)
+        rows = {row.parameter: row for row in optimizer.coverage()}
+        structured = {n for n, p in model.named_parameters() if optimizer.state[p].get("P_in", torch.empty(0)).numel()}
+        assert cross_entropy(model(tokens), tokens[:, 0] % 5) < first
+    assert {row.treatment for row in rows.values()} == {"kalman"}
+    assert structured == ({"conv.weight", "head.weight"} if (name, limit) == ("kalman-kron", None) else set())
+    said = {n for n, row in rows.items() if "diagonal: a factor of" in row.reason}
+    assert said == ({"conv.weight", "head.weight", "head.bias"} if (name, limit) == ("kalman-kron", 7) else set())
