@@ -163,3 +163,30 @@ def paired_ratio(own: Sequence[float], theirs: Sequence[float], level: float = 0
     high = np.quantile(medians, (1 + level) / 2, method="higher")
     middle, low, high = (float(np.exp(x)) for x in (middle, low, high))
     return Ratio(middle, low, high, len(pairs), len(own) - len(pairs))
+
+
+def paired_lead(own: Sequence[float], theirs: Sequence[float], level: float = 0.95, seed: int = 0) -> tuple[int, bool]:
+    """Which of two has the larger values, and whether that is shown.
+
+    By the median of the differences over pairs (one seed each): 1 for `own`, -1 for `theirs`, 0 for neither. It is
+    shown where a percentile bootstrap over at least six pairs leaves out zero. -inf is the value of a run that came to
+    none; where both did, the pair says nothing.
+
+    >>> paired_lead([0.9] * 6, [0.8] * 6), paired_lead([0.9] * 5, [0.8] * 5), paired_lead([0.7, 0.9], [0.8, 0.8])
+    ((1, True), (1, False), (0, False))
+    """
+    import numpy as np
+
+    known = [(a, b) for a, b in zip(own, theirs, strict=True) if max(a, b) > -math.inf]
+    if not known:
+        return 0, False
+    differences = np.array([a - b for a, b in known])
+    drawn = np.random.default_rng(seed).integers(len(known), size=(10_000, len(known)))
+    with np.errstate(invalid="ignore"):
+        middle, medians = (
+            np.nan_to_num(np.median(x, -1), nan=0.0, **SIGNED) for x in (differences, differences[drawn])
+        )
+    low = np.quantile(medians, (1 - level) / 2, method="lower")
+    high = np.quantile(medians, (1 + level) / 2, method="higher")
+    sign = int(np.sign(middle))
+    return sign, sign != 0 and len(known) >= FEWEST_PAIRS and bool(low > 0 or high < 0)

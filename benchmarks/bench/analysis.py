@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import InputError
 from ..names import base_of, ordered
 from ..records import hash_of
-from ..statistics import MOST, Ratio, interquartile_mean, paired_ratio, present, scores, study_time
+from ..statistics import MOST, Ratio, interquartile_mean, paired_lead, paired_ratio, present, scores, study_time
 from .protocol import TARGET_STUDY
 from .spaces import OURS, SETTERS, TWINS
 from .targets import Target
@@ -28,6 +28,7 @@ class Line:
         times: to the target, seed by seed; inf where it was missed.
         steps_to, evaluations_to: the medians of steps and of gradient evaluations to the target.
         best, test: mean and deviation over the seeds of the best validation value and of the test's.
+        ends: the test's value by seed, with its sign turned where smaller is better; -inf where the run came to none.
         scored, tested: how many seeds have one; a run that failed has neither, one that diverged no test.
         equal_time, equal_steps: the median of the best value up to the time, and the steps, at which the first run
             of the workload that came to its end had done so.
@@ -47,6 +48,7 @@ class Line:
     evaluations_to: float
     best: tuple[float, float] | None
     test: tuple[float, float] | None
+    ends: dict[int, float]
     scored: int
     tested: int
     test_loss: float | None
@@ -153,6 +155,18 @@ class Analysis:
         ranks = self._ranks
         both = [w for w in self.workloads if w in self.targets and (w, own) in ranks and (w, other) in ranks]
         return sum(ranks[w, own] < ranks[w, other] for w in both), len(both)
+
+    def in_the_end(self, own: str, other: str) -> tuple[int, int, int, int]:
+        """On how many workloads `own` ends ahead of `other` by the test's values, seeds paired; how many both ran; and
+        on how many it is shown to be ahead, and to be behind."""
+        found = {(line.workload, line.optimizer): line.ends for line in self.lines}
+        leads = []
+        for w in self.workloads:
+            a, b = found.get((w, own), {}), found.get((w, other), {})
+            seeds = [seed for seed in a if seed in b]
+            if seeds:
+                leads.append(paired_lead([a[seed] for seed in seeds], [b[seed] for seed in seeds]))
+        return sum(sign > 0 for sign, _ in leads), len(leads), leads.count((1, True)), leads.count((-1, True))
 
     def behind_twins(self) -> dict[str, list[str]]:
         """By variant, the workloads on which it is behind its own case without regularization, in the same sense."""
@@ -264,6 +278,7 @@ def line_of(
         evaluations_to=median(o.time_to(goal, "evaluations") for o in runs),
         best=spread(o.best() for o in usable),
         test=spread(value),
+        ends={o.seed: end_of(o) for o in runs},
         scored=len(present(o.best() for o in usable)),
         tested=len(present(value)),
         test_loss=middle(o.test.get("loss") for o in usable),
@@ -278,6 +293,14 @@ def line_of(
         tuning=sum(total(o, clock) for o in cost) if cost else None,
         diagnosis=diagnosis_of(usable),
     )
+
+
+def end_of(outcome: Outcome) -> float:
+    """The test's value, larger where it is better; -inf without one."""
+    value = outcome.test.get(outcome.metric)
+    if outcome.status != "finished" or value is None or not math.isfinite(value):
+        return -math.inf
+    return value if outcome.goal == "max" else -value
 
 
 def total(outcome: Outcome, clock: str) -> float:

@@ -20,6 +20,7 @@ def sections(analysis: Analysis, drawn: Sequence[str]) -> list[Section]:
         score_section(analysis, drawn),
         ours_section(analysis),
         rivals_section(analysis),
+        ends_section(analysis),
         twins_section(analysis),
         overview_section(analysis),
     ]
@@ -115,6 +116,23 @@ def rivals_section(analysis: Analysis) -> Section:
         if any(of for _, of in counts):
             rows.append([own, *(f"{won}/{of}" if of else "–" for won, of in counts)])
     return Section("Ours against each rival", text, ("ahead on", *analysis.rivals), rows)
+
+
+def ends_section(analysis: Analysis) -> Section | None:
+    if all(end == -math.inf for line in analysis.lines for end in line.ends.values()):
+        return None
+    text = (
+        "On how many workloads ours ends ahead of each rival: by the median over the seeds of the paired difference of "
+        "the test's value, at the settings and lengths that were chosen, for speed or for the best value. +: on how "
+        "many of them that is shown by a 95 % bootstrap interval over at least six seeds; −: on how many it is shown "
+        "to be behind. A run that came to no value is behind all that did."
+    )
+    rows = []
+    for own in (name for name in analysis.optimizers if is_ours(name)):
+        counts = [analysis.in_the_end(own, rival) for rival in analysis.rivals]
+        shown = (f"{won}/{of} (+{more} −{less})" if of else "–" for won, of, more, less in counts)
+        rows.append([own, *shown])
+    return Section("Who is ahead in the end", text, ("ahead on", *analysis.rivals), rows)
 
 
 def twins_section(analysis: Analysis) -> Section:

@@ -10,7 +10,7 @@ from grng.benchmarks.bench import Store, Trial
 from grng.benchmarks.bench.analysis import analyse, best_until, iqm_of, spread, total
 from grng.benchmarks.bench.protocol import TARGET_STUDY
 from grng.benchmarks.errors import InputError
-from grng.benchmarks.statistics import profile
+from grng.benchmarks.statistics import paired_lead, profile
 
 from .bench_tools import made, target
 
@@ -164,6 +164,39 @@ def test_ahead_by_hand():
     assert found.ahead("kalman", "adamw") == (2, 3), "small by time, low by the mean of 0.2 and 0.8; not high"
     assert found.ahead("kalman", "soap") == (1, 1)
     assert found.ahead("kalman", "muon") == (0, 0)
+
+
+def test_the_end_by_hand():
+    """By the test's values, which are those of the last evaluation here, of the seeds that both have."""
+    runs = [
+        *(made("high", "kalman", [0.9], seed=s) for s in range(7)),
+        *(made("high", "adamw", [0.95 if s == 6 else 0.8], seed=s) for s in range(6)),
+        *(made("low", "kalman", [0.9], seed=s, goal="min") for s in range(6)),
+        *(made("low", "adamw", [0.8], seed=s, goal="min") for s in range(6)),
+        *(made("few", "kalman", [0.9], seed=s) for s in range(3)),
+        *(made("few", "adamw", [0.8], seed=s) for s in range(3)),
+        *(made("lost", "kalman", [0.5], seed=s) for s in range(6)),
+        *(made("lost", "adamw", [0.9], seed=s, status="diverged") for s in range(6)),
+        made("even", "kalman", [0.5]),
+        made("even", "adamw", [0.5]),
+        made("none", "kalman", [None]),
+        made("none", "adamw", [None]),
+        made("alone", "kalman", [0.5]),
+    ]
+    found = analyse(runs, {}, "seconds")
+    assert found.in_the_end("kalman", "adamw") == (3, 6, 2, 1)
+    assert found.in_the_end("kalman", "soap") == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.02, -0.3])
+@pytest.mark.parametrize("n", [5, 6, 11])
+def test_a_lead_exchanged(n: int, shift: float) -> None:
+    rng = np.random.default_rng(n)
+    own, theirs = (list(map(float, rng.normal(size=n))) for _ in range(2))
+    own = [a + shift for a in own]
+    sign, shown = paired_lead(own, theirs)
+    assert paired_lead(theirs, own) == (-sign, shown)
+    assert sign == np.sign(np.median(np.subtract(own, theirs)))
 
 
 def test_pairs_by_hand():

@@ -14,6 +14,7 @@ TITLES = (
     "Scores",
     "Ours against the best rival",
     "Ours against each rival",
+    "Who is ahead in the end",
     "What the regularization does",
     "Workloads",
     "small",
@@ -172,6 +173,8 @@ def test_the_numbers(whole):
         [w, "kalman", "kalman/rho=0"] for w in TARGETS
     ]
     assert tables["Ours against the best rival"][1][1:3] == ["kalman", "adamw"]
+    ends = dict(zip(*tables["Who is ahead in the end"], strict=True))
+    assert ends == {"ahead on": "kalman", "kfac": "1/1 (+0 −0)", "adamw": "0/2 (+0 −0)", "soap": "2/2 (+0 −0)"}
     assert tables["Settings of the runs"][1][3] == "lr=0.1, gnp.r=0.05"
     assert tables["Diagnostics"][1] == ["small", "kalman", "0.5", "0.25", "–"]
     assert tables["Targets"][1][3] == "lr=0.1, betas=(0.9, 0.99)"
@@ -198,6 +201,7 @@ def test_without_targets_no_time_is_shown(tmp_path):
     written(tmp_path, outcomes(("small",)), targets={})
     tables = tables_of((tmp_path / "results.md").read_text())
     assert tuple(tables) == (
+        "Who is ahead in the end",
         "Workloads",
         "small",
         "What fewer trials come to",
