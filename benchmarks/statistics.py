@@ -172,7 +172,7 @@ def paired_lead(own: Sequence[float], theirs: Sequence[float], level: float = 0.
     shown where a percentile bootstrap over at least six pairs leaves out zero. -inf is the value of a run that came to
     none; where both did, the pair says nothing.
 
-    >>> paired_lead([0.9] * 6, [0.8] * 6), paired_lead([0.9] * 5, [0.8] * 5), paired_lead([0.7, 0.9], [0.8, 0.8])
+    >>> paired_lead([0.9] * 6, [0.8] * 6), paired_lead([0.9] * 5, [0.8] * 5), paired_lead([0.5, 1.0], [0.75, 0.75])
     ((1, True), (1, False), (0, False))
     """
     import numpy as np
