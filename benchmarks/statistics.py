@@ -172,7 +172,7 @@ def paired_lead(own: Sequence[float], theirs: Sequence[float], level: float = 0.
     shown where a percentile bootstrap over at least six pairs leaves out zero. -inf is the value of a run that came to
     none; where both did, the pair says nothing.
 
-    >>> paired_lead([0.9] * 6, [0.8] * 6), paired_lead([0.9] * 5, [0.8] * 5), paired_lead([0.5, 1.0], [0.75, 0.75])
+    >>> paired_lead([0.9] * 6, [0.8] * 6), paired_lead([0.9] * 5, [0.8] * 5), paired_lead([0.7, 0.9], [0.8, 0.8])
     ((1, True), (1, False), (0, False))
     """
     import numpy as np
@@ -188,5 +188,6 @@ def paired_lead(own: Sequence[float], theirs: Sequence[float], level: float = 0.
         )
     low = np.quantile(medians, (1 - level) / 2, method="lower")
     high = np.quantile(medians, (1 + level) / 2, method="higher")
-    sign = int(np.sign(middle))
-    return sign, sign != 0 and len(known) >= FEWEST_PAIRS and bool(low > 0 or high < 0)
+    rounding = 1e-12 * max(abs(value) for pair in known for value in pair if value > -math.inf)
+    sign = int(np.sign(middle)) if abs(middle) > rounding else 0
+    return sign, sign != 0 and len(known) >= FEWEST_PAIRS and bool(low > rounding or high < -rounding)
