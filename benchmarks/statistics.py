@@ -147,21 +147,13 @@ def paired_ratio(own: Sequence[float], theirs: Sequence[float], level: float = 0
     Raises:
         ValueError: the sequences differ in length, or no pair decides.
     """
-    import numpy as np
-
     if len(own) != len(theirs):
         raise ValueError(f"{len(own)} times against {len(theirs)}: pair them, one each a seed")
     pairs = [(a, b) for a, b in zip(own, theirs, strict=True) if min(a, b) < math.inf]
     if not pairs:
         raise ValueError("both missed the target with every seed: there is no ratio")
-    logs = np.array([-math.inf if b == math.inf else math.inf if a == math.inf else math.log(a / b) for a, b in pairs])
-    drawn = np.random.default_rng(seed).integers(len(logs), size=(10_000, len(logs)))
-    with np.errstate(invalid="ignore"):
-        # Where the middle two are infinite and of unlike sign, each was ahead in half of the pairs.
-        middle, medians = (np.nan_to_num(np.median(x, axis=-1), nan=0.0, **SIGNED) for x in (logs, logs[drawn]))
-    low = np.quantile(medians, (1 - level) / 2, method="lower")
-    high = np.quantile(medians, (1 + level) / 2, method="higher")
-    middle, low, high = (float(np.exp(x)) for x in (middle, low, high))
+    logs = [-math.inf if b == math.inf else math.inf if a == math.inf else math.log(a / b) for a, b in pairs]
+    middle, low, high = map(math.exp, _median_interval(logs, level, seed))
     return Ratio(middle, low, high, len(pairs), len(own) - len(pairs))
 
 
@@ -175,19 +167,24 @@ def paired_lead(own: Sequence[float], theirs: Sequence[float], level: float = 0.
     >>> paired_lead([0.9] * 6, [0.8] * 6), paired_lead([0.9] * 5, [0.8] * 5), paired_lead([0.7, 0.9], [0.8, 0.8])
     ((1, True), (1, False), (0, False))
     """
-    import numpy as np
-
     known = [(a, b) for a, b in zip(own, theirs, strict=True) if max(a, b) > -math.inf]
     if not known:
         return 0, False
-    differences = np.array([a - b for a, b in known])
+    middle, low, high = _median_interval([a - b for a, b in known], level, seed)
+    rounding = 1e-12 * max(abs(value) for pair in known for value in pair if value > -math.inf)
+    sign = (middle > rounding) - (middle < -rounding)
+    return sign, sign != 0 and len(known) >= FEWEST_PAIRS and (low > rounding or high < -rounding)
+
+
+def _median_interval(values: Sequence[float], level: float, seed: int) -> tuple[float, float, float]:
+    """The median, and a percentile bootstrap's bounds of it."""
+    import numpy as np
+
+    known = np.array(values)
     drawn = np.random.default_rng(seed).integers(len(known), size=(10_000, len(known)))
     with np.errstate(invalid="ignore"):
-        middle, medians = (
-            np.nan_to_num(np.median(x, -1), nan=0.0, **SIGNED) for x in (differences, differences[drawn])
-        )
+        # Where the middle two are infinite and of unlike sign, each was ahead in half of the pairs.
+        middle, medians = (np.nan_to_num(np.median(x, axis=-1), nan=0.0, **SIGNED) for x in (known, known[drawn]))
     low = np.quantile(medians, (1 - level) / 2, method="lower")
     high = np.quantile(medians, (1 + level) / 2, method="higher")
-    rounding = 1e-12 * max(abs(value) for pair in known for value in pair if value > -math.inf)
-    sign = int(np.sign(middle)) if abs(middle) > rounding else 0
-    return sign, sign != 0 and len(known) >= FEWEST_PAIRS and bool(low > rounding or high < -rounding)
+    return float(middle), float(low), float(high)
