@@ -5,7 +5,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss, normalize
 
 from grng import Curvature
 
@@ -19,6 +19,7 @@ from .cases import (
     closure_of,
     methods,
     mixed,
+    mlp,
     relative,
     settings,
     stream,
@@ -102,6 +103,36 @@ def test_double_refuses_micro_batches() -> None:
         closure = closure_of(optimizer, model, [(x[:4], y[:4]), (x[4:], y[4:])])
         with pytest.raises(RuntimeError, match=r"one backward\(\) a closure.*mode 'finite'"):
             optimizer.step(closure)
+
+
+@pytest.mark.parametrize("samples", [3, 8])
+@methods(*AVERAGED)
+def test_pairs(method: Method, samples: int) -> None:
+    """A contrastive loss over pairs, whose halves the model sees in two calls or in one: the same updates. Its scale,
+    which cannot be read, is taken for that of a mean over a call: declared half of that over two."""
+    torch.manual_seed(0)
+    pairs = torch.randn(4, 2, samples, 4, dtype=torch.float64)
+
+    def trained(calls: int) -> Tensor:
+        model = mlp(4, 6, 3)
+        config = Curvature(fisher="empirical", capture="hooks", loss_scale=1 / calls)
+        with method(model, curvature=config) as optimizer:
+            for pair in pairs:
+
+                def closure(pair: Tensor = pair) -> Tensor:
+                    optimizer.zero_grad()
+                    halves = [model(x) for x in pair] if calls == 2 else model(pair.flatten(0, 1)).chunk(2)
+                    one, other = (normalize(half, dim=1) for half in halves)
+                    loss = cross_entropy(one @ other.T, torch.arange(samples))
+                    loss.backward()
+                    return loss
+
+                optimizer.step(closure)
+        return vector(model)
+
+    once = trained(1)
+    assert relative(trained(2), once) < TOLERANCE
+    assert relative(once, vector(mlp(4, 6, 3))) > 1e-4
 
 
 def squared(f: Tensor, y: Tensor) -> Tensor:
